@@ -1,0 +1,37 @@
+"""Package of unipic_jax; `pip install .` brings the `unipic` command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "unipic_jax/__init__.py").read_text())[1]
+
+setup(
+    name="unipic_jax",
+    version=VERSION,
+    description="Skywork UniPic 2.0 in JAX: generate, edit and convert",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["unipic_jax", "unipic_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=4.55",
+        "huggingface_hub",
+        "ml_dtypes",
+        "numpy",
+        "pillow>=11",
+        "tqdm",
+    ],
+    extras_require={
+        # The PyTorch code that the results are compared with; nothing else imports it.
+        "test": ["torch==2.13.0", "diffusers>=0.35.1", "accelerate", "safetensors", "scipy",
+                 "pytest", "ruff"],
+    },
+    entry_points={"console_scripts": ["unipic=unipic_jax.cli:main"]},
+)

@@ -1,0 +1,188 @@
+"""The `unipic` command: parse, call, print."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from unipic_jax.core.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns 0, or 2 after a line that says what was wrong with the input."""
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args) or 0
+    except InputError as e:
+        print(f"unipic: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unipic: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="unipic", description="Skywork UniPic 2.0 in JAX")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("generate", _generate, "Draw pictures from text.")
+    sub.add_argument("--prompt", required=True, action="append",
+                     help="what to draw; several are drawn as one batch")
+    sub.add_argument("--negative-prompt", default="", help="what to steer away from")
+    sub.add_argument("--height", type=int, default=512, help="pixels")
+    sub.add_argument("--width", type=int, default=384, help="pixels")
+    _drawing(sub)
+
+    sub = command("edit", _edit, "Edit a picture as a prompt says.")
+    sub.add_argument("--prompt", required=True, help="the instruction")
+    sub.add_argument("--image", required=True, type=Path, help="the picture to edit")
+    sub.add_argument("--negative-prompt", help="what to steer away from (default: the release's "
+                     "list of flaws)", default=argparse.SUPPRESS)
+    sub.add_argument("--image-size", type=int, default=512, help="pixels of the longer side")
+    sub.add_argument("--sample-reference", action="store_true",
+                     help="sample the autoencoder's posterior instead of taking its mode")
+    sub.add_argument("--reference-noise", type=Path, metavar="F.npy",
+                     help="standard normal [1, C, h, w] to sample the posterior with")
+    sub.add_argument("--skip-forgets-reference", action="store_true",
+                     help="skip-layer guidance without the reference, as the released code has it")
+    _drawing(sub)
+
+    for name, run, text in (("convert", _convert, "A released PyTorch folder to the JAX layout."),
+                            ("export", _export, "A folder in the JAX layout to the released one.")):
+        sub = command(name, run, text)
+        sub.add_argument("--from", dest="source", required=True, metavar="DIR")
+        sub.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR",
+                         help="a new folder; it appears when all is written")
+    return parser
+
+
+def _drawing(sub):
+    sub.add_argument("--model", required=True,
+                     help="a folder in the released or the JAX layout, or hf://owner/name")
+    sub.add_argument("--steps", type=int, default=50, help="denoising steps")
+    sub.add_argument("--guidance-scale", type=float, default=3.5, help="off at 1 and below")
+    sub.add_argument("--seed", type=int, default=42)
+    sub.add_argument("--images-per-prompt", type=int, default=1)
+    sub.add_argument("--skip-layers", type=int, nargs="+", default=(), metavar="LAYER",
+                     help="skip-layer guidance with these blocks (7 8 9 for SD3.5-Medium)")
+    sub.add_argument("--dtype", choices=("bfloat16", "float32"), default=argparse.SUPPRESS,
+                     help="of everything but the autoencoder (default: bfloat16, on a CPU float32)")
+    sub.add_argument("--vae-dtype", choices=("bfloat16", "float32"), default="float32")
+    sub.add_argument("--latents", type=Path, metavar="F.npy",
+                     help="standard normal [B, C, h, w] to begin with, in place of the seed's")
+    sub.add_argument("--save-latents", type=Path, metavar="F.npy",
+                     help="write the final latents [B, C, h, w]")
+    sub.add_argument("--output", required=True, type=Path, metavar="F.png",
+                     help="the picture; several become F-0.png, F-1.png, ...")
+
+
+def _options(args):
+    import jax
+    import jax.numpy as jnp
+
+    from unipic_jax.core.images import check_output
+    from unipic_jax.pipelines.generate import Options
+
+    for name in ("steps", "images_per_prompt"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.seed < 2**31:
+        raise InputError("--seed must lie between 0 and 2147483647")
+    check_output(args.output)
+    if args.save_latents:
+        from unipic_jax.core.files import check_writable
+        check_writable(args.save_latents)
+    # Programs compiled once are found again by the next run.
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "unipic_jax"))
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Options(
+        steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed,
+        images_per_prompt=args.images_per_prompt, skip_layers=tuple(args.skip_layers),
+        skip_forgets_reference=getattr(args, "skip_forgets_reference", False),
+        dtype=jnp.dtype(getattr(args, "dtype", default)), vae_dtype=jnp.dtype(args.vae_dtype),
+        progress=True)
+
+
+def _array(path: Path | None) -> np.ndarray | None:
+    """A channels-first `.npy` of latents, channels last."""
+    if path is None:
+        return None
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f"{path} cannot be read as an array: {e}") from None
+    if not (isinstance(array, np.ndarray) and array.ndim == 4
+            and np.issubdtype(array.dtype, np.floating)):
+        raise InputError(f"{path} must hold floats of shape [B, C, h, w]")
+    return np.moveaxis(array.astype(np.float32), 1, -1)
+
+
+def _generate(args):
+    options, latents = _options(args), _array(args.latents)
+    from unipic_jax.convert import load
+    from unipic_jax.pipelines import generate
+
+    parts = generate.open_model(load.find(args.model))
+    drawn = generate.generate(parts, args.prompt, args.negative_prompt, height=args.height,
+                              width=args.width, latents=latents, options=options)
+    _write(args, drawn)
+
+
+def _edit(args):
+    options, latents, noise = _options(args), _array(args.latents), _array(args.reference_noise)
+    from unipic_jax.convert import load
+    from unipic_jax.core.images import open_picture
+    from unipic_jax.pipelines import edit, generate
+
+    picture = open_picture(args.image)
+    parts = generate.open_model(load.find(args.model))
+    drawn = edit.edit(parts, [picture], [args.prompt],
+                      getattr(args, "negative_prompt", edit.NEGATIVE_PROMPT),
+                      image_size=args.image_size, latents=latents, reference_noise=noise,
+                      sample_reference=args.sample_reference, options=options)
+    _write(args, drawn)
+
+
+def _write(args, drawn):
+    from unipic_jax.core import files, images
+
+    if args.save_latents:
+        with files.new_file(args.save_latents) as partial, open(partial, "wb") as f:
+            np.save(f, np.moveaxis(drawn.latents, -1, 1))
+    for i, picture in enumerate(drawn.pictures):
+        path = args.output
+        if len(drawn.pictures) > 1:
+            path = path.with_stem(f"{path.stem}-{i}")
+        images.save(images.to_picture(picture), path)
+        print(f"{path}: {picture.shape[1]}x{picture.shape[0]}")
+
+
+def _convert(args):
+    from unipic_jax.convert import convert, load
+
+    for part in convert.convert(load.find(args.source), args.target):
+        print(part)
+
+
+def _export(args):
+    from unipic_jax.convert import convert, load
+
+    for part in convert.export(load.find(args.source), args.target):
+        print(part)

@@ -1,0 +1,88 @@
+"""Open a model for use, whichever layout it lies in."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from unipic_jax.convert import convert, store, torch_files
+from unipic_jax.core import params
+from unipic_jax.core.errors import InputError
+from unipic_jax.model import Part, config_file, read_part
+
+HUB = "hf://"
+
+
+def find(model: str) -> Path:
+    """The folder of a model: a path, or `hf://owner/name` brought by huggingface_hub.
+
+    Raises InputError where there is none.
+    """
+    if not model.startswith(HUB):
+        if not Path(model).is_dir():
+            raise InputError(f"{model} is not a folder; give a path or {HUB}owner/name")
+        return Path(model)
+    name = model.removeprefix(HUB)
+    if name.count("/") != 1:
+        raise InputError(f"{model} does not name a model; write {HUB}owner/name")
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except Exception as e:  # the hub's client has a hierarchy of its own, and its transport's
+        raise InputError(f"{model} cannot be fetched: {str(e).strip().splitlines()[0]}") from None
+
+
+def read(part: Part, dtype=None, mesh: jax.sharding.Mesh | None = None) -> params.Tree:
+    """The parameters of a part, in `dtype` (as stored by default), on the mesh or the default
+    device. Raises InputError where they do not fit the config."""
+    if convert.is_ours(part.folder):
+        stored = store.described(part.folder / convert.PARAMS)
+        specs = traverse_util.flatten_dict(part.specs, is_leaf=lambda _, s: params.is_spec(s))
+        for path, spec in specs.items():
+            if stored.get(path, (None,))[0] != spec.shape:
+                raise InputError(f"{part.folder} does not fit its config: leaf {'/'.join(path)} "
+                                 f"should be {list(spec.shape)}")
+        abstract = traverse_util.unflatten_dict({
+            p: jax.ShapeDtypeStruct(s.shape, dtype or stored[p][1], sharding=_sharding(mesh, s))
+            for p, s in specs.items()})
+        return store.restore(part.folder / convert.PARAMS, abstract)
+    tensors, _ = torch_files.open_folder(part.folder)
+    specs = traverse_util.flatten_dict(part.specs, is_leaf=lambda _, s: params.is_spec(s))
+    return traverse_util.unflatten_dict({
+        rule.path: jax.device_put(convert.stacked(rule, found, dtype and np.dtype(dtype)),
+                                  _sharding(mesh, specs[rule.path]))
+        for rule, found in convert.match(part, tensors)})
+
+
+def _sharding(mesh, spec):
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return params.meshes.sharding(mesh, spec.shape, spec.axes)
+
+
+class Parts(Mapping):
+    """The parts of a model folder by name, their configs read and checked.
+
+    `parts["vae"]` is a `Part`; `parts.load("vae", dtype)` its parameters. Nothing is kept: a
+    caller that uses parameters again holds on to them.
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...], optional: tuple[str, ...] = ()):
+        """Raises InputError where a part of `names` is missing or its config is not supported."""
+        self.folder = folder
+        self._parts = {n: read_part(folder / n) for n in names}
+        self._parts |= {n: read_part(folder / n) for n in optional if config_file(folder / n)}
+
+    def __getitem__(self, name: str) -> Part:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def load(self, name: str, dtype=None, mesh: jax.sharding.Mesh | None = None) -> params.Tree:
+        return read(self._parts[name], dtype, mesh)

@@ -1,0 +1,74 @@
+"""The device mesh, and the one table that says which mesh axis carries which role.
+
+Meshes have three explicit axes: `data` (replicas of the parameters; slices of a pod), `fsdp`
+(parameters sharded, gathered layer by layer) and `tensor` (heads and feed-forward split).
+The batch is spread over `data` and `fsdp`.
+"""
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+RULES = {
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    None: None,
+}
+
+
+def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (all by default); one size may be -1, for what remains.
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if -1 in sizes:
+        known = -data * fsdp * tensor
+        sizes[sizes.index(-1)] = len(devices) // known if known > 0 else 0
+    if sizes[0] * sizes[1] * sizes[2] != len(devices):
+        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit "
+                         f"{len(devices)} devices; choose sizes whose product is that number")
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Explicit,) * 3, devices=devices)
+
+
+def sharding(mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+    """Where a weight of this shape and these roles lies; axes that do not divide are replicated."""
+    names = [RULES[a] for a in axes]
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
+    return NamedSharding(mesh, P(*(
+        n if n is not None and d % sizes[n] == 0 else None for n, d in zip(names, shape))))
+
+
+def batch_sharding(mesh, rank: int) -> NamedSharding:
+    """Where an array lies whose leading axis is the batch."""
+    return NamedSharding(mesh, P(BATCH, *[None] * (rank - 1)))
+
+
+def spec_of(x) -> P | None:
+    """The partition of a value under trace, one entry an axis; None where no mesh is set."""
+    s = jax.typeof(x).sharding
+    if s.mesh.empty or not s.mesh.are_all_axes_explicit:
+        return None
+    return P(*s.spec, *[None] * (x.ndim - len(s.spec)))
+
+
+def gather(w: jax.Array) -> jax.Array:
+    """All of a weight along `fsdp`; called where the weight is used, so that inside a scanned
+    layer no more than that layer is ever whole."""
+    spec = spec_of(w)
+    if spec is None or not any(a == "fsdp" for a in spec):
+        return w
+    return jax.reshard(w, P(*(None if a == "fsdp" else a for a in spec)))
+
+
+def replicate(w: jax.Array) -> jax.Array:
+    """All of a weight on every device."""
+    spec = spec_of(w)
+    return w if spec is None or all(a is None for a in spec) else jax.reshard(w, P())

@@ -1,0 +1,85 @@
+"""The layers every model is made of. Weights are cast to the type of the activations, gathered
+along `fsdp` where they are used, and normalizations are computed in float32."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from unipic_jax.core import mesh as meshes
+
+
+def linear(p: dict, x: jax.Array) -> jax.Array:
+    """x [..., D_in] @ kernel [D_in, D_out] (+ bias [D_out])."""
+    kernel = meshes.gather(p["kernel"].astype(x.dtype))
+    xs, ks = meshes.spec_of(x), meshes.spec_of(kernel)
+    out = P(*xs[:-1], ks[1]) if xs is not None and xs[-1] is not None else None
+    y = jnp.einsum("...d,df->...f", x, kernel, out_sharding=out)
+    return y + meshes.gather(p["bias"].astype(x.dtype)) if "bias" in p else y
+
+
+def reshape(x: jax.Array, *shape: int) -> jax.Array:
+    """x [B, ...] to shape [B, ...], where only the batch axis is spread over devices."""
+    spec = meshes.spec_of(x)
+    out = None if spec is None else P(spec[0], *[None] * (len(shape) - 1))
+    return x.reshape(shape, out_sharding=out)
+
+
+def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+    """Rows of `table` [V, D] at `ids` [B, S] -> [B, S, D]."""
+    spec = meshes.spec_of(ids)
+    out = None if spec is None else P(*spec, None)
+    return meshes.replicate(table.astype(dtype)).at[ids].get(mode="clip", out_sharding=out)
+
+
+def layer_norm(x: jax.Array, p: dict | None = None, *, eps: float) -> jax.Array:
+    """Layer normalization over the last axis, affine where `p` is given."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return (y if p is None else y * p["scale"] + p["bias"]).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, p: dict, *, eps: float) -> jax.Array:
+    """Root-mean-square normalization over the last axis, times a scale."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return y.astype(x.dtype) * p["scale"].astype(x.dtype)
+
+
+def group_norm(x: jax.Array, p: dict, *, groups: int, eps: float) -> jax.Array:
+    """Group normalization of [B, h, w, C] over space and C / groups channels."""
+    y = x.astype(jnp.float32)
+    # Per channel first, then over the channels of a group: no reshape of the picture.
+    mean = jnp.repeat(y.mean((1, 2)).reshape(y.shape[0], groups, -1).mean(-1),
+                      y.shape[-1] // groups, -1)
+    y = y - mean[:, None, None]
+    var = jnp.repeat((y * y).mean((1, 2)).reshape(y.shape[0], groups, -1).mean(-1),
+                     y.shape[-1] // groups, -1)
+    y = y * (lax.rsqrt(var + eps) * p["scale"])[:, None, None] + p["bias"]
+    return y.astype(x.dtype)
+
+
+def conv(p: dict, x: jax.Array, *, stride: int = 1, padding=None) -> jax.Array:
+    """Convolution of [B, h, w, C_in] with kernel [k, k, C_in, C_out]; "same" by default."""
+    kernel = meshes.gather(p["kernel"].astype(x.dtype))
+    y = lax.conv_general_dilated(x, kernel, (stride, stride), padding or "SAME",
+                                 dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + p["bias"].astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def timestep_embedding(t: jax.Array, width: int) -> jax.Array:
+    """Sinusoids of t [B] (in thousandths of the path), cosines first -> float32 [B, width]."""
+    half = width // 2
+    frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = t.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)

@@ -1,0 +1,5 @@
+"""Qwen2.5-VL: a vision tower and a language model."""
+
+from unipic_jax.models.qwen2_5_vl.config import Config as Config
+from unipic_jax.models.qwen2_5_vl.config import VisionConfig as VisionConfig
+from unipic_jax.models.qwen2_5_vl.weights import specs as specs
