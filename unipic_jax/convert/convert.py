@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from flax import traverse_util
 from tqdm import tqdm
 
 from unipic_jax.convert import names, store, torch_files
@@ -21,6 +22,7 @@ from unipic_jax.model import Part, config_file, read_part
 
 PARAMS, LAYOUT = "params", "layout.json"
 WEIGHTS = ("*.safetensors", "*.bin")
+SHARD_BYTES = {"diffusion_pytorch_model": 10e9, "model": 5e9}  # diffusers', transformers' limits
 NAMED = {np.dtype(v): k for k, v in DTYPES.items()}
 
 
@@ -127,7 +129,6 @@ def match(part: Part, tensors: dict[str, Tensor]) -> Plan:
 
 def torch_shapes(part: Part, rules: list[names.Rule]) -> dict[str, tuple[int, ...]]:
     """The shape of every released tensor, from our declaration of the weights."""
-    from flax import traverse_util
     specs = traverse_util.flatten_dict(part.specs, is_leaf=lambda _, s: params.is_spec(s))
     if specs.keys() != {r.path for r in rules}:
         raise AssertionError(f"the table and the specs of {part.module.__name__} differ: "
@@ -143,16 +144,13 @@ def torch_shapes(part: Part, rules: list[names.Rule]) -> dict[str, tuple[int, ..
 def stacked(rule: names.Rule, tensors: list[Tensor], dtype=None) -> np.ndarray:
     """A leaf in memory, read tensor by tensor, in `dtype` or the smallest that holds all."""
     forward = names.FORMS[rule.form][0]
-    if not rule.stacked:
-        array = tensors[0].read()
-        return np.ascontiguousarray(forward(array), dtype or array.dtype)
     kinds = {np.dtype(DTYPES[t.dtype]) for t in tensors}
     dtype = dtype or (kinds.pop() if len(kinds) == 1 else np.dtype(np.float32))
-    first = forward(tensors[0].read())
-    out = np.empty((len(tensors), *first.shape), dtype)
-    for i, t in enumerate(tensors):
-        out[i] = forward(t.read()) if i else first
-    return out
+    shape = forward(np.broadcast_to(np.uint8(0), tensors[0].shape)).shape
+    out = np.empty((len(tensors), *shape), dtype)
+    for layer, tensor in zip(out, tensors):
+        torch_files.copy(forward(tensor.read()), layer)
+    return out if rule.stacked else out[0]
 
 
 def _export_part(part: Part):
@@ -190,14 +188,13 @@ def _export_part(part: Part):
             done(leaf.nbytes)
         for writer in writers.values():
             writer.close()
-        _write_index(folder, layout, shapes, part)
+        write_index(folder, layout, shapes, part)
 
     return sum(int(np.prod(s)) * d.itemsize for s, d in stored.values()), write
 
 
 def _layout(part: Part, tensors: dict[str, tuple[str, tuple]]) -> Layout:
-    """The layout that the part came from, or a new one: one file, or shards where the library
-    that reads it would save shards."""
+    """The layout that the part came from, or the default one."""
     if (file := part.folder / LAYOUT).is_file():
         raw = read_json(file)
         layout = Layout(raw["files"], raw["metadata"])
@@ -206,12 +203,17 @@ def _layout(part: Part, tensors: dict[str, tuple[str, tuple]]) -> Layout:
             raise InputError(f"{file} does not name the tensors of the config; remove it to "
                              "export to default files")
         return layout
+    return default_layout(part, tensors)
+
+
+def default_layout(part: Part, tensors: dict[str, tuple[str, tuple]]) -> Layout:
+    """One file, or shards where the library that reads it would save shards, in this order."""
     diffusers = "_class_name" in read_json(config_file(part.folder))
-    stem, limit = ("diffusion_pytorch_model", 10e9) if diffusers else ("model", 5e9)
+    stem = "diffusion_pytorch_model" if diffusers else "model"
     shards, size = [{}], 0
     for name, (dtype, shape) in tensors.items():
         n = torch_files.nbytes(dtype, shape)
-        if shards[-1] and size + n > limit:
+        if shards[-1] and size + n > SHARD_BYTES[stem]:
             shards.append({})
             size = 0
         shards[-1][name], size = dtype, size + n
@@ -220,7 +222,7 @@ def _layout(part: Part, tensors: dict[str, tuple[str, tuple]]) -> Layout:
     return Layout(files_, {f: {"format": "pt"} for f in files_})
 
 
-def _write_index(folder: Path, layout: Layout, shapes: dict, part: Part) -> None:
+def write_index(folder: Path, layout: Layout, shapes: dict, part: Part) -> None:
     """The index of shards, unless the release's own was carried along."""
     if len(layout.files) == 1 or any(folder.glob("*.safetensors.index*.json")):
         return

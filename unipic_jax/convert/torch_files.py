@@ -24,6 +24,7 @@ DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "BOOL": np.bool_,
 }
+PIECE, BAND = 2**19, 64  # bytes and values that are rearranged at a time, for the cache
 MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
@@ -87,7 +88,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict]:
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, stop = entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
+            sound = type(dtype) is str and all(
+                type(n) is int and n >= 0 for n in (*shape, begin, stop))
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
@@ -110,9 +112,11 @@ def _no_duplicates(pairs):
 
 
 def _offset(entry):
+    """Where an entry begins and ends, to sort by; what is malformed comes first."""
     try:
-        return entry["data_offsets"][0], entry["data_offsets"][1]
-    except (TypeError, KeyError, IndexError):
+        begin, end = entry["data_offsets"]
+        return int(begin), int(end)
+    except (TypeError, KeyError, ValueError):
         return -1, -1
 
 
@@ -200,6 +204,13 @@ def _bin_reader(t):
     return read
 
 
+def copy(array: np.ndarray, out: np.ndarray) -> None:
+    """`array` into `out`, a band of the last axis at a time: where one is a transpose, its part of
+    a band fits in the processor's cache, and the copy is several times faster."""
+    for i in range(0, array.shape[-1], BAND):
+        out[..., i:i + BAND] = array[..., i:i + BAND]
+
+
 class Writer:
     """A safetensors file of known tensors, whose data may come in any order."""
 
@@ -224,9 +235,15 @@ class Writer:
         if array.shape != tuple(shape):
             raise ValueError(f"{name}: {array.shape} for {shape}")
         self._left.remove(name)
-        array = np.ascontiguousarray(array, DTYPES[dtype])
         self._file.seek(self._start + self._offsets[name])
-        self._file.write(array.reshape(-1).view(np.uint8).data)
+        if array.flags.c_contiguous and array.dtype == DTYPES[dtype]:
+            self._file.write(array.reshape(-1).view(np.uint8).data)
+            return
+        rows = max(1, PIECE // max(nbytes(dtype, shape[1:]), 1))
+        for i in range(0, len(array), rows):
+            piece = np.empty(array[i:i + rows].shape, DTYPES[dtype])
+            copy(array[i:i + rows], piece)
+            self._file.write(piece.reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         """Raises ValueError where a tensor was never written."""

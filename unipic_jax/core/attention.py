@@ -15,29 +15,30 @@ IMPLEMENTATIONS = ("xla", "blockwise", "cudnn")
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
-    causal: bool = False, bias: jax.Array | None = None, scale: float | None = None,
-    implementation: str | None = None,
+    causal: bool = False, bias: jax.Array | None = None, mask: jax.Array | None = None,
+    scale: float | None = None, implementation: str | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v, with the softmax in float32.
 
-    q [B, T, H, K]; k, v [B, S, G, K], where G divides H (grouped queries); bias broadcasts to
-    [B, H, T, S]; scale is 1/sqrt(K) unless given. Returns [B, T, H, K] in the type of q.
+    q [B, T, H, K]; k, v [B, S, G, K], where G divides H (grouped queries); bias and mask (bool,
+    True where a query may attend) broadcast to [B, H, T, S]; a query that may attend nowhere gets
+    the mean of v; scale is 1/sqrt(K) unless given. Returns [B, T, H, K] in the type of q.
     `implementation`: "xla" holds all scores; "blockwise" never holds more than those of `BLOCK`
     queries of a head, in the gradient neither; "cudnn" is NVIDIA's kernel, in half precision.
     By default the best of them for the platform, the type and the length.
     Raises ValueError for an unknown implementation or one that cannot do what is asked.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = bias is None and not causal
+    plain = bias is None and mask is None and not causal
     implementation = implementation or _choose(q, k, plain)
     if implementation == "xla":
         f = functools.partial(_xla, causal=causal, scale=scale)
-        return f(q, k, v, bias)
+        return f(q, k, v, bias, mask)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r}: choose from "
                          f"{', '.join(IMPLEMENTATIONS)}")
     if not plain:
-        raise ValueError(f"{implementation} attention takes neither bias nor causal; use xla")
+        raise ValueError(f"{implementation} attention takes no bias, mask or causal; use xla")
     local = functools.partial(_blockwise if implementation == "blockwise" else _cudnn, scale=scale)
     spec = meshes.spec_of(q)
     if spec is None:
@@ -56,19 +57,29 @@ def _choose(q, k, plain: bool) -> str:
     return "xla"
 
 
-def _xla(q, k, v, bias, *, causal, scale):
+def _xla(q, k, v, bias, mask, *, causal, scale):
     B, T, H, K = q.shape
     G = k.shape[2]
     q = q.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgnk,bsgk->bgnts", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
-        bias = jnp.broadcast_to(bias, (*bias.shape[:-3], H, *bias.shape[-2:]))
-        scores += bias.reshape(*bias.shape[:-3], G, H // G, *bias.shape[-2:])
+        scores += _grouped(bias, G)
     if causal:
-        mask = jnp.tril(jnp.ones((T, k.shape[1]), bool), k.shape[1] - T)
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        past = jnp.tril(jnp.ones((T, k.shape[1]), bool), k.shape[1] - T)
+        mask = past if mask is None else mask & past
+    if mask is not None:
+        scores = jnp.where(_grouped(mask, G), scores, jnp.finfo(jnp.float32).min)
     p = jax.nn.softmax(scores, -1).astype(v.dtype)
     return jnp.einsum("bgnts,bsgk->btgnk", p, v).reshape(B, T, H, K)
+
+
+def _grouped(a, G):
+    """[..., H or 1, T, S] by group [..., G, H / G, T, S], or 1 for both; without heads as it is."""
+    if a.ndim < 3:
+        return a
+    if a.shape[-3] == 1:
+        return a[..., None, :, :]
+    return a.reshape(*a.shape[:-3], G, -1, *a.shape[-2:])
 
 
 def _blockwise(q, k, v, *, scale):

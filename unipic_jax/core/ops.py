@@ -22,7 +22,7 @@ def reshape(x: jax.Array, *shape: int) -> jax.Array:
     """x [B, ...] to shape [B, ...], where only the batch axis is spread over devices."""
     spec = meshes.spec_of(x)
     out = None if spec is None else P(spec[0], *[None] * (len(shape) - 1))
-    return x.reshape(shape, out_sharding=out)
+    return jnp.reshape(x, shape, out_sharding=out)
 
 
 def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:

@@ -37,6 +37,8 @@ def shifted(cfg: Config, u: np.ndarray) -> np.ndarray:
 
 def sigmas(cfg: Config, steps: int) -> np.ndarray:
     """Noise levels of `steps` Euler steps, from 1 down to 0: float32 [steps + 1]."""
-    last = shifted(cfg, np.float32(1 / cfg.num_train_timesteps))
-    grid = shifted(cfg, np.linspace(1.0, last, steps)).astype(np.float32)
-    return np.append(grid, np.float32(0))
+    T = cfg.num_train_timesteps
+    last = shifted(cfg, np.float32(1 / T))
+    # In float32 and by way of the timesteps, so that even the rounding is the reference's.
+    grid = np.linspace(T, float(last) * T, steps).astype(np.float32) / np.float32(T)
+    return np.append(shifted(cfg, grid).astype(np.float32), np.float32(0))

@@ -1,0 +1,233 @@
+"""A whole Kontext release with random weights, in the released layout, of any size.
+
+    python -m benchmarks.random_release --size tiny --to /tmp/release
+    python -m benchmarks.random_release --size full --to /tmp/release --parts transformer
+
+`full` has exactly the released shapes (16.3 GB in bfloat16), `tiny` runs in a second. Names and
+shapes come from the converter's tables; weights stream to disk, so no part has to fit in memory.
+"""
+
+import argparse
+import json
+import string
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from unipic_jax.convert import convert, names, torch_files
+from unipic_jax.core import files
+from unipic_jax.core.errors import InputError
+from unipic_jax.model import Part, read_part
+from unipic_jax.models import t5_encoder
+
+PIECE = 2**22  # values that are drawn at a time
+BOS, EOS, MAX_LENGTH = "<|startoftext|>", "<|endoftext|>", 77
+ALPHABET = [c for c in string.printable if c == " " or not c.isspace()]
+
+
+def configs(size: str, dtype: str) -> dict[str, dict]:
+    """The config of each part by folder name; `full` is as released."""
+    full = size == "full"
+
+    def clip(width, layers, heads, act, projection):
+        return {
+            "architectures": ["CLIPTextModelWithProjection"], "attention_dropout": 0.0,
+            "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2, "hidden_act": act,
+            "hidden_size": width, "initializer_factor": 1.0, "initializer_range": 0.02,
+            "intermediate_size": 4 * width, "layer_norm_eps": 1e-5,
+            "max_position_embeddings": MAX_LENGTH, "model_type": "clip_text_model",
+            "num_attention_heads": heads, "num_hidden_layers": layers, "pad_token_id": 1,
+            "projection_dim": projection, "torch_dtype": dtype,
+            "vocab_size": 49408 if full else 514}
+
+    def pick(a, b):
+        return a if full else b
+
+    levels = 4
+    return {
+        "transformer": {
+            "_class_name": "SD3Transformer2DKontextModel", "_diffusers_version": "0.35.1",
+            "attention_head_dim": pick(64, 16), "caption_projection_dim": pick(1536, 64),
+            "dual_attention_layers": list(range(pick(13, 2))), "in_channels": 16,
+            "joint_attention_dim": pick(4096, 96), "num_attention_heads": pick(24, 4),
+            "num_layers": pick(24, 4), "out_channels": 16, "patch_size": 2,
+            "pooled_projection_dim": pick(2048, 40), "pos_embed_max_size": pick(384, 32),
+            "qk_norm": "rms_norm", "sample_size": pick(128, 32)},
+        "vae": {
+            "_class_name": "AutoencoderKL", "_diffusers_version": "0.35.1", "act_fn": "silu",
+            "block_out_channels": pick([128, 256, 512, 512], [16, 16, 24, 24]),
+            "down_block_types": ["DownEncoderBlock2D"] * levels, "force_upcast": True,
+            "in_channels": 3, "latent_channels": 16, "latents_mean": None, "latents_std": None,
+            "layers_per_block": 2, "mid_block_add_attention": True,
+            "norm_num_groups": pick(32, 8), "out_channels": 3, "sample_size": pick(1024, 256),
+            "scaling_factor": 1.5305, "shift_factor": 0.0609,
+            "up_block_types": ["UpDecoderBlock2D"] * levels, "use_post_quant_conv": False,
+            "use_quant_conv": False},
+        "scheduler": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.35.1",
+            "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096,
+            "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+            "use_dynamic_shifting": False},
+        "text_encoder": clip(*pick((768, 12, 12), (24, 3, 4)), "quick_gelu", pick(768, 16)),
+        "text_encoder_2": clip(*pick((1280, 32, 20), (40, 3, 4)), "gelu", pick(1280, 24)),
+        "text_encoder_3": {
+            "architectures": ["T5EncoderModel"], "classifier_dropout": 0.0,
+            "d_ff": pick(10240, 192), "d_kv": pick(64, 16), "d_model": pick(4096, 96),
+            "decoder_start_token_id": 0, "dense_act_fn": "gelu_new", "dropout_rate": 0.1,
+            "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0,
+            "is_encoder_decoder": True, "is_gated_act": True, "layer_norm_epsilon": 1e-6,
+            "model_type": "t5", "num_decoder_layers": pick(24, 3), "num_heads": pick(64, 4),
+            "num_layers": pick(24, 3), "output_past": True, "pad_token_id": 0,
+            "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32,
+            "tie_word_embeddings": False, "torch_dtype": dtype, "use_cache": True,
+            "vocab_size": pick(32128, 128)},
+    }
+
+
+PARTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3",
+         "tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+def write(target: Path, size: str = "tiny", parts=PARTS, dtype: str = "bfloat16", seed: int = 0,
+          progress: bool = True) -> None:
+    """A release, or some parts of one, into the new folder `target`."""
+    by_name = configs(size, dtype)
+    with files.new_folder(target) as partial:
+        for name in parts:
+            folder = partial / name
+            folder.mkdir()
+            if name.startswith("tokenizer"):
+                encoder = by_name[name.replace("tokenizer", "text_encoder")]
+                _t5_tokenizer(folder) if name == "tokenizer_3" else _clip_tokenizer(
+                    folder, encoder["vocab_size"], EOS if name == "tokenizer" else "!")
+                continue
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            _json(folder / file, by_name[name])
+            part = read_part(folder)
+            if part.has_weights:
+                _weights(part, name, "BF16" if dtype == "bfloat16" else "F32", seed, progress)
+
+
+def _weights(part: Part, name: str, dtype: str, seed: int, progress: bool) -> None:
+    rules = names.rules(part.module, part.config)
+    shapes = convert.torch_shapes(part, rules)
+    leaf = {n: r.path for r in rules for n in r.names}
+    layout = convert.default_layout(part, {n: (dtype, shapes[n]) for n in sorted(shapes)})
+    total = sum(torch_files.nbytes(dtype, s) for s in shapes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
+        for file, held in layout.files.items():
+            writer = torch_files.Writer(part.folder / file, {n: (dtype, shapes[n]) for n in held},
+                                        layout.metadata[file])
+            for n in held:
+                # A tensor's values depend on its name and the seed, not on what else is written.
+                rng = np.random.default_rng([seed, zlib.crc32(f"{name}/{n}".encode())])
+                array = _values(part, leaf[n], shapes[n], torch_files.DTYPES[dtype], rng)
+                writer.write(n, array)
+                bar.update(array.nbytes)
+            writer.close()
+    convert.write_index(part.folder, layout, shapes, part)
+
+
+def _values(part: Part, path: tuple, shape: tuple, dtype, rng) -> np.ndarray:
+    """Values that keep activations near one: unit gain in matrices, norms near one, small biases.
+
+    Embeddings, of which a row is picked rather than rows summed, have unit values.
+    """
+    if path == ("positions",):
+        return _positions(part.config, dtype).reshape(shape)
+    mean, std = 0.0, 1.0
+    if path[-1] == "kernel":
+        std = np.prod(shape[1:]) ** -0.5  # [out, in, ...]
+        if part.module is t5_encoder and path[-2] == "q":
+            std *= part.config.d_kv**-0.5  # T5 has no scale in its attention
+    elif path[-1] == "scale":
+        mean, std = 1.0, 0.1
+    elif path[-1] == "bias":
+        std = 0.05
+    array = np.empty(shape, dtype)
+    flat = array.reshape(-1)
+    for i in range(0, flat.size, PIECE):
+        piece = rng.standard_normal(min(PIECE, flat.size - i), np.float32)
+        flat[i:i + PIECE] = piece * np.float32(std) + np.float32(mean)
+    return array
+
+
+def _positions(cfg, dtype) -> np.ndarray:
+    """The fixed sinusoids [N, N, D] of a column and a row, to the last bit as diffusers makes them
+    (`mmdit.specs` has them in float32 angles, and at full size in several copies)."""
+    N, quarter = cfg.pos_embed_max_size, cfg.width // 4
+    place = np.arange(N, dtype=np.float32) / np.float32(N / (cfg.sample_size // cfg.patch_size))
+    angle = place[:, None].astype(np.float64) / 10000.0 ** (np.arange(quarter) / quarter)
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(np.float32)  # [N, D/2]
+    table = np.empty((N, N, cfg.width), dtype)
+    table[..., :2 * quarter], table[..., 2 * quarter:] = axis[None], axis[:, None]
+    return table
+
+
+def _json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _clip_tokenizer(folder: Path, vocab_size: int, pad: str) -> None:
+    """Bytes as GPT-2 spells them, alone and at a word's end; the last two ids are the ends."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+    vocab = {t: i for i, t in enumerate(letters + [f"{c}</w>" for c in letters])}
+    # What merges would make; without merges no text reaches these.
+    vocab |= {f"<|{i}|>": i for i in range(len(vocab), vocab_size - 2)}
+    vocab |= {BOS: vocab_size - 2, EOS: vocab_size - 1}
+    _json(folder / "vocab.json", vocab)
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS}
+    _json(folder / "special_tokens_map.json", special)
+    _json(folder / "tokenizer_config.json", special | {
+        "added_tokens_decoder": {
+            str(vocab[t]): {"content": t, "lstrip": False, "normalized": t != "!",
+                            "rstrip": False, "single_word": False, "special": True}
+            for t in dict.fromkeys((pad, BOS, EOS))},
+        "clean_up_tokenization_spaces": False, "errors": "replace",
+        "model_max_length": MAX_LENGTH, "tokenizer_class": "CLIPTokenizer"})
+
+
+def _t5_tokenizer(folder: Path) -> None:
+    """One token a printable character, spaces as SentencePiece spells them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    pieces = [(t, 0.0) for t in special.values()]
+    pieces += [(c.replace(" ", "▁"), -float(i)) for i, c in enumerate(ALPHABET, 1)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special.values()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _json(folder / "special_tokens_map.json", special)
+    _json(folder / "tokenizer_config.json", special | {
+        "clean_up_tokenization_spaces": False, "extra_ids": 0, "model_max_length": 512,
+        "tokenizer_class": "T5Tokenizer"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("tiny", "full"), default="tiny")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+                        help=f"which folders to write (all of {', '.join(PARTS)})")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        write(args.to, args.size, args.parts, args.dtype, args.seed)
+    except InputError as e:
+        sys.exit(f"random_release: {e}")
+
+
+if __name__ == "__main__":
+    main()

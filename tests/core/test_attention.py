@@ -1,0 +1,104 @@
+"""Every implementation against PyTorch's, values and gradients, on a mesh too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+
+from unipic_jax.core import attention as module
+from unipic_jax.core import mesh
+from unipic_jax.core.attention import attention
+
+
+def inputs(T, S, H=4, G=4, K=16, B=2):
+    draw = np.random.default_rng(T + S)
+    return [draw.normal(size=s).astype(np.float32)
+            for s in ((B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K))]
+
+
+def theirs(q, k, v, weights, **kw):
+    q, k, v = (torch.tensor(a, requires_grad=True) for a in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(a.transpose(1, 2) for a in (q, k, v)), enable_gqa=True, **kw).transpose(1, 2)
+    (out * torch.tensor(weights)).sum().backward()
+    return [a.detach().numpy() for a in (out, q.grad, k.grad, v.grad)]
+
+
+def ours(q, k, v, weights, **kw):
+    def loss(q, k, v):
+        out = attention(q, k, v, **kw)
+        return jnp.sum(out * weights), out
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return [out, *grads]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+@pytest.mark.parametrize(("T", "S", "G"), [(40, 40, 4), (300, 37, 2), (517, 600, 1)])
+def test_equals_pytorch_with_gradients(implementation, T, S, G):
+    """Lengths under, over and not a multiple of the block; grouped queries."""
+    args = inputs(T, S, G=G)
+    for a, b in zip(ours(*args, implementation=implementation), theirs(*args)):
+        assert relative(a, b) < 2e-6
+
+
+def test_causal_bias_and_scale_equal_pytorch():
+    args = inputs(33, 33)
+    for a, b in zip(ours(*args, causal=True), theirs(*args, is_causal=True)):
+        assert relative(a, b) < 2e-6
+    bias = np.random.default_rng(0).normal(size=(4, 33, 33)).astype(np.float32)
+    for a, b in zip(ours(*args, bias=bias, scale=0.7),
+                    theirs(*args, attn_mask=torch.tensor(bias)[None], scale=0.7)):
+        assert relative(a, b) < 2e-6
+
+
+def test_blockwise_survives_large_scores():
+    q, k, v, _ = inputs(300, 300)
+    out = attention(100 * q, 100 * k, v, implementation="blockwise")
+    want = attention(100 * q, 100 * k, v, implementation="xla")
+    assert relative(out, want) < 1e-5
+
+
+def test_blockwise_never_holds_all_scores():
+    """Forward and gradient at 2048 tokens in less than a quarter of the scores' memory."""
+    q = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
+
+    def temporary(implementation):
+        def loss(q, k, v):
+            return jnp.sum(attention(q, k, v, implementation=implementation) ** 2)
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 2048 * 2048 * 4
+    assert temporary("blockwise") < scores / 4
+    assert temporary("xla") > scores
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+def test_same_on_a_mesh(implementation):
+    q, k, v, _ = inputs(300, 300, B=4)
+    want = jax.jit(lambda *a: attention(*a, implementation=implementation))(q, k, v)
+    m = mesh.make(1, 4, 2)
+    with jax.set_mesh(m):
+        spec = jax.sharding.NamedSharding(m, jax.P(mesh.BATCH, None, "tensor", None))
+        out = jax.jit(lambda *a: attention(*a, implementation=implementation))(
+            *(jax.device_put(a, spec) for a in (q, k, v)))
+    assert out.sharding.spec == spec.spec
+    assert relative(out, want) < 1e-6
+
+
+def test_what_cannot_be_done_is_refused():
+    q, k, v, _ = inputs(8, 8)
+    with pytest.raises(ValueError, match="choose from xla, blockwise, cudnn"):
+        attention(q, k, v, implementation="fast")
+    with pytest.raises(ValueError, match="blockwise attention takes"):
+        attention(q, k, v, causal=True, implementation="blockwise")
+
+
+def test_cudnn_is_chosen_on_gpus_in_half_precision(monkeypatch):
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    half, full = (jnp.zeros((1, 512, 2, 64), d) for d in (jnp.bfloat16, jnp.float32))
+    assert module._choose(half, half, plain=True) == "cudnn"
+    assert module._choose(half, half, plain=False) == "xla"
+    assert module._choose(full, full, plain=True) == "xla"
