@@ -40,6 +40,7 @@ def measured(*command: str) -> dict:
                 own = max(own, int(line.split()[1]))
         time.sleep(0.02)
     seconds = time.perf_counter() - start
+    child.returncode = status  # it is waited for
     if status:
         sys.exit(f"full_size: {' '.join(command)} failed")
     last = (child.stdout.read().splitlines() or [""])[-1]
@@ -182,8 +183,9 @@ def prove(folder: Path) -> dict:
     for name in ("torch", "jax"):
         steps[f"step in {name}"] = measured(
             "benchmarks.full_size", "--dir", str(release / FILE.parent), "--step", name)
-    return {"tensors": counts[0], "parameters": counts[1], "bytes": size, "bytes_jax": stored,
-            "tensors_differing": off, "files_identical": identical, "steps": steps}
+    return {"processors": os.cpu_count(), "load_average": os.getloadavg(), "tensors": counts[0],
+            "parameters": counts[1], "bytes": size, "bytes_jax": stored, "tensors_differing": off,
+            "files_identical": identical, "steps": steps}
 
 
 def report(figures: dict) -> bool:

@@ -14,7 +14,7 @@ from unipic_jax.cli import main
 KONTEXT, SOURCE = str(GOLDENS / "kontext"), str(GOLDENS / "source.png")
 
 
-@pytest.fixture()
+@pytest.fixture
 def small(golden, tmp_path):
     """Arguments of a small picture, with the golden latents to begin with."""
     np.save(tmp_path / "x.npy", golden["kontext_t2i/init_latents"])

@@ -78,6 +78,9 @@ def _drawing(sub):
     sub.add_argument("--images-per-prompt", type=int, default=1)
     sub.add_argument("--skip-layers", type=int, nargs="+", default=(), metavar="LAYER",
                      help="skip-layer guidance with these blocks (7 8 9 for SD3.5-Medium)")
+    sub.add_argument("--skip-scale", type=float, default=2.8, help="its weight")
+    sub.add_argument("--skip-start", type=float, default=0.01, help="its first part of the steps")
+    sub.add_argument("--skip-stop", type=float, default=0.2, help="its last part of the steps")
     sub.add_argument("--dtype", choices=("bfloat16", "float32"), default=argparse.SUPPRESS,
                      help="of everything but the autoencoder (default: bfloat16, on a CPU float32)")
     sub.add_argument("--vae-dtype", choices=("bfloat16", "float32"), default="float32")
@@ -94,6 +97,7 @@ def _options(args):
     import jax.numpy as jnp
 
     from unipic_jax.core.images import check_output
+    from unipic_jax.flow.guidance import SkipLayer
     from unipic_jax.pipelines.generate import Options
 
     for name in ("steps", "images_per_prompt"):
@@ -112,7 +116,9 @@ def _options(args):
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Options(
         steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed,
-        images_per_prompt=args.images_per_prompt, skip_layers=tuple(args.skip_layers),
+        images_per_prompt=args.images_per_prompt,
+        skip=SkipLayer(tuple(args.skip_layers), args.skip_scale, args.skip_start, args.skip_stop)
+        if args.skip_layers else None,
         skip_forgets_reference=getattr(args, "skip_forgets_reference", False),
         dtype=jnp.dtype(getattr(args, "dtype", default)), vae_dtype=jnp.dtype(args.vae_dtype),
         progress=True)

@@ -11,7 +11,7 @@ from unipic_jax.core.errors import InputError
 COLOUR = (200, 30, 90)
 
 
-@pytest.fixture()
+@pytest.fixture
 def save(tmp_path):
     def save(picture, name="a.png", **kw):
         picture.save(tmp_path / name, **kw)

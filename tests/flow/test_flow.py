@@ -86,7 +86,8 @@ def test_skip_layer_guidance_acts_in_its_window():
     def skipping(x, sigma, condition):
         return network(x, sigma, condition) - 1
 
-    v = jax.jit(guidance.skip_layer(network, skipping, POSITIVE, NEGATIVE, 3.5, steps=50))
+    skip = guidance.SkipLayer((7, 8, 9))
+    v = jax.jit(guidance.skip_layer(network, skipping, POSITIVE, NEGATIVE, 3.5, skip, steps=50))
     x = jnp.ones((2, 3))
     plain = 0.25 + 0.5 + 3.5 * 1.5
     got = [float(v(x, 0.25, i)[0, 0] - plain) for i in range(50)]

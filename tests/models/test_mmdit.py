@@ -1,5 +1,7 @@
 """The transformer against the goldens and against diffusers: forwards, loss and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +21,10 @@ from unipic_jax.models import mmdit
 @pytest.mark.parametrize("case", ["t2i", "edit", "edit1"])
 def test_forward_equals_golden(case, golden, kontext, mmdit_apply):
     cfg, params = kontext["transformer"]
-    g = {k: golden[f"mmdit/{case}/{k}"] for k in ("latents", "timestep", "context", "pooled")}
-    ref = last(golden[f"mmdit/{case}/ref"]) if case != "t2i" else None
-    out = mmdit_apply(cfg, params, last(g["latents"]), g["timestep"], g["context"], g["pooled"], ref)
+    g = {k: golden[f"mmdit/{case}/{k}"] for k in ("timestep", "context", "pooled")}
+    if case != "t2i":
+        g["reference"] = last(golden[f"mmdit/{case}/ref"])
+    out = mmdit_apply(cfg, params, last(golden[f"mmdit/{case}/latents"]), **g)
     assert relative(first(out), golden[f"mmdit/{case}/out"]) < 1e-5
 
 
@@ -35,15 +38,13 @@ def test_skipped_blocks_equal_golden(golden, kontext, mmdit_apply):
 
 def torch_twin(cfg: mmdit.Config, params) -> torch.nn.Module:
     """diffusers' transformer with a reference, of this config and these weights."""
-    keys = ("sample_size patch_size in_channels out_channels num_layers attention_head_dim "
-            "num_attention_heads joint_attention_dim caption_projection_dim pooled_projection_dim "
-            "pos_embed_max_size dual_attention_layers").split()
-    twin = reference.KontextTransformer(**{k: getattr(cfg, k) for k in keys}, qk_norm="rms_norm")
+    twin = reference.KontextTransformer(**dataclasses.asdict(cfg), qk_norm="rms_norm")
     flat, state = traverse_util.flatten_dict(params), {}
     for rule in names.rules(mmdit, cfg):
         leaf, back = np.asarray(flat[rule.path]), names.FORMS[rule.form][1]
         for i, name in enumerate(rule.names):
-            state[name] = torch.tensor(np.ascontiguousarray(back(leaf[i] if rule.stacked else leaf)))
+            one = back(leaf[i] if rule.stacked else leaf)
+            state[name] = torch.tensor(np.ascontiguousarray(one))
     twin.load_state_dict(state)
     return twin
 

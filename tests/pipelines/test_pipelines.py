@@ -11,6 +11,7 @@ from PIL import Image
 from unipic_jax.core import images
 from unipic_jax.core.errors import InputError
 from unipic_jax.flow import schedule
+from unipic_jax.flow.guidance import SkipLayer
 from unipic_jax.pipelines import edit, generate
 from unipic_jax.pipelines.generate import Options
 
@@ -52,7 +53,9 @@ def test_without_guidance_equals_golden(parts, golden, meta):
 
 
 def test_skip_layer_guidance_equals_golden(parts, golden, meta):
-    drawn = draw(parts, golden, meta, steps=10, skip_layers=(1, 2))
+    """The golden was made at guidance 4 and acts in the steps 1, 2 and 3 of 10."""
+    drawn = draw(parts, golden, meta, steps=10, guidance_scale=4.0,
+                 skip=SkipLayer((1, 2), stop=0.4))
     assert relative(first(drawn.latents), golden["kontext_t2i/slg_latent"]) < 1e-5
 
 
@@ -84,7 +87,7 @@ def test_skip_layer_guidance_keeps_the_reference_unless_told(parts, golden, kont
         want = n + 3.5 * (p - n) + 2.8 * (p - v(1, None if forgets else ref, (1, 2)))
         want = x + (sigmas[1] - sigmas[0]) * want
         got = generate.denoise(cfg, params, x, sigmas=sigmas, first=3, positive=condition[1],
-                               negative=condition[0], scale=3.5, steps=20, skip_layers=(1, 2),
+                               negative=condition[0], scale=3.5, steps=20, skip=SkipLayer((1, 2)),
                                skip_forgets_reference=forgets)
         assert relative(got, want) < 1e-6
 
@@ -135,8 +138,8 @@ def test_what_does_not_fit_is_refused(parts, source):
     refused(r"shape \[1, 16, 4, 4\] are given where \[1, 16, 8, 6\]", generate.generate, parts,
             ["a"], height=64, width=48, latents=np.zeros((1, 4, 4, 16)))
     refused("skip layer 9 is not one", generate.generate, parts, ["a"], height=64, width=48,
-            options=Options(steps=1, skip_layers=(9,)))
+            options=Options(steps=1, skip=SkipLayer((9,))))
     refused("image size 100 is not a multiple", edit.edit, parts, [source], ["a"], image_size=100)
-    refused("different sizes", edit.edit, parts, [source, Image.new("RGB", (9, 90))], ["a", "b"],
+    refused("different sizes", edit.edit, parts, [source, Image.new("RGB", (40, 90))], ["a", "b"],
             image_size=64)
     refused("1 pictures for 2 prompts", edit.edit, parts, [source], ["a", "b"])

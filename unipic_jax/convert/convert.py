@@ -186,6 +186,7 @@ def _export_part(part: Part):
                 for writer, stored_name in targets[name]:
                     writer.write(stored_name, back)
             done(leaf.nbytes)
+            del leaf, back  # not held while the next one is read
         for writer in writers.values():
             writer.close()
         write_index(folder, layout, shapes, part)

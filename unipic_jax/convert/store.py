@@ -21,6 +21,7 @@ CHUNK = 2**26  # bytes a stored chunk at most, so that a host reads little more 
 
 def save(folder: FilePath, leaves: Iterable[tuple[Path, np.ndarray]]) -> None:
     """Write leaves as they come; the checkpoint is valid once the last one is in."""
+    folder = folder.absolute()  # Orbax takes no other
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = CHUNK
     # Weights hardly compress (by a third in bfloat16), and a processor does it slower than a disk
@@ -30,19 +31,22 @@ def save(folder: FilePath, leaves: Iterable[tuple[Path, np.ndarray]]) -> None:
     with context:
         group, held = {}, 0
         for path, array in leaves:
-            if group and held + array.nbytes > GROUP:
-                ocp.partial.save(folder, traverse_util.unflatten_dict(group))
-                group, held = {}, 0
             group[path], held = array, held + array.nbytes
             del array  # not a second reference while the next leaf is made
-        ocp.partial.save(folder, traverse_util.unflatten_dict(group))
+            if held > GROUP:
+                ocp.partial.save(folder, traverse_util.unflatten_dict(group))
+                group, held = {}, 0
+        if group:
+            ocp.partial.save(folder, traverse_util.unflatten_dict(group))
         ocp.partial.finalize(folder)
 
 
 def described(folder: FilePath) -> dict[Path, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of every leaf. Raises InputError where `folder` is not a checkpoint."""
     try:
-        tree = ocp.metadata(folder).metadata
+        tree = ocp.metadata(folder.absolute()).metadata
+        if tree is None:
+            raise ValueError("it holds no tree")
     except Exception as e:  # Orbax raises many kinds for a folder that is not whole
         raise InputError(f"{folder} is not a checkpoint that Orbax can open: "
                          f"{str(e).splitlines()[0]}") from None
@@ -78,6 +82,6 @@ def restore(folder: FilePath, abstract: Tree) -> Tree:
 
 def _load(folder, tree):
     try:
-        return ocp.load(folder, tree)
+        return ocp.load(folder.absolute(), tree)
     except Exception as e:
         raise InputError(f"{folder} cannot be restored: {str(e).splitlines()[0]}") from e

@@ -4,6 +4,7 @@ A conditional velocity is `f(x, sigma, condition)`, where `condition` is a tree 
 leading batch axis, or None at leaves that are absent.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,8 +13,16 @@ from jax import lax
 
 from unipic_jax.flow.sample import Velocity
 
-SKIP_SCALE, SKIP_START, SKIP_STOP = 2.8, 0.01, 0.2
-"""Skip-layer guidance as released: its weight, and the part of the steps that it acts in."""
+
+@dataclasses.dataclass(frozen=True)
+class SkipLayer:
+    """Skip-layer guidance: the blocks to leave out, its weight, and the part of the steps that it
+    acts in; the defaults are the release's."""
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
 
 
 def conditional(f: Callable, condition) -> Velocity:
@@ -32,17 +41,18 @@ def classifier_free(f: Callable, positive, negative, scale: float | jax.Array) -
 
 
 def skip_layer(
-    f: Callable, f_skip: Callable, positive, negative, scale: float | jax.Array, steps: int
+    f: Callable, f_skip: Callable, positive, negative, scale: float | jax.Array, skip: SkipLayer,
+    steps: int | jax.Array,
 ) -> Velocity:
-    """Classifier-free guidance that in its early steps also leads away from `f_skip`, the same
-    network without some of its blocks: + 2.8 (p - p_skip) for 0.01 N < step < 0.2 N
-    (Stable Diffusion 3.5's recipe)."""
+    """Classifier-free guidance that also leads away from `f_skip`, the same network without some
+    of its blocks: + skip.scale (p - p_skip) where start N < step < stop N (Stable Diffusion 3.5's
+    recipe)."""
 
     def velocity(x, sigma, index):
         guided, p = _guided(f, x, sigma, positive, negative, scale)
-        active = (index > steps * SKIP_START) & (index < steps * SKIP_STOP)
+        active = (index > steps * skip.start) & (index < steps * skip.stop)
         return lax.cond(
-            active, lambda: guided + SKIP_SCALE * (p - _float32(f_skip(x, sigma, positive))),
+            active, lambda: guided + skip.scale * (p - _float32(f_skip(x, sigma, positive))),
             lambda: guided)
 
     return velocity

@@ -29,7 +29,7 @@ class Options:
     guidance_scale: float = 3.5  # off at 1 and below
     seed: int = 42
     images_per_prompt: int = 1
-    skip_layers: tuple[int, ...] = ()  # blocks that skip-layer guidance leaves out
+    skip: guidance.SkipLayer | None = None
     skip_forgets_reference: bool = False  # as the released code does, by mistake
     dtype: jnp.dtype = jnp.float32  # of the text encoders and the transformer
     vae_dtype: jnp.dtype = jnp.float32
@@ -118,7 +118,8 @@ def draw(
 ) -> Drawn:
     """Denoise under the conditions, and decode."""
     cfg = parts["transformer"].config
-    if outside := [i for i in options.skip_layers if not 0 <= i < cfg.num_layers]:
+    layers = options.skip.layers if options.skip else ()
+    if outside := [i for i in layers if not 0 <= i < cfg.num_layers]:
         raise InputError(f"skip layer {outside[0]} is not one of the transformer's "
                          f"{cfg.num_layers} (0 to {cfg.num_layers - 1})")
     params = parts.load("transformer", options.dtype)
@@ -135,25 +136,26 @@ def _denoise(cfg, params, timing, x, positive, negative, options):
     sigmas = schedule.sigmas(timing, options.steps)
     run = functools.partial(
         denoise, cfg, params, positive=positive, negative=negative,
-        scale=options.guidance_scale, steps=options.steps, skip_layers=options.skip_layers,
+        scale=options.guidance_scale, steps=options.steps, skip=options.skip,
         skip_forgets_reference=options.skip_forgets_reference, dtype=options.dtype,
         timesteps=timing.num_train_timesteps)
     if not options.progress:
         return run(x, sigmas=sigmas, first=0)
     # A display needs the host between steps; the program is then a scan of one step, which
-    # serves any number of them.
+    # serves any number of them. Placed as its result will be, or the second would compile anew.
+    x = jax.device_put(x, jax.devices()[0])
     for i in tqdm(range(options.steps), desc="denoise", unit="step"):
         x = jax.block_until_ready(run(x, sigmas=sigmas[i:i + 2], first=i))
     return x
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "cfg", "skip_layers", "skip_forgets_reference", "dtype", "timesteps"))
+    "cfg", "skip", "skip_forgets_reference", "dtype", "timesteps"))
 def denoise(
     cfg: mmdit.Config, params: Tree, x: jax.Array, *, sigmas: jax.Array, first: int,
     positive: dict, negative: dict | None, scale: float, steps: int,
-    skip_layers: tuple[int, ...] = (), skip_forgets_reference: bool = False, dtype=jnp.float32,
-    timesteps: int = 1000,
+    skip: guidance.SkipLayer | None = None, skip_forgets_reference: bool = False,
+    dtype=jnp.float32, timesteps: int = 1000,
 ) -> jax.Array:
     """x [B, h, w, C] from noise level sigmas[0] to sigmas[-1], guided where `negative` is given.
 
@@ -168,12 +170,12 @@ def denoise(
     def skipping(x, sigma, condition):
         if skip_forgets_reference:
             condition = {k: v for k, v in condition.items() if k != "reference"}
-        return velocity(x, sigma, condition, skip_layers=skip_layers)
+        return velocity(x, sigma, condition, skip_layers=skip.layers)
 
     if negative is None:
         guided = guidance.conditional(velocity, positive)
-    elif skip_layers:
-        guided = guidance.skip_layer(velocity, skipping, positive, negative, scale, steps)
+    elif skip:
+        guided = guidance.skip_layer(velocity, skipping, positive, negative, scale, skip, steps)
     else:
         guided = guidance.classifier_free(velocity, positive, negative, scale)
     return sample(guided, x, sigmas, first)

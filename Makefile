@@ -1,0 +1,34 @@
+# Two commands: `make demo` shows what the program does, `make test` checks it. Each makes its own
+# .venv and needs nothing but Python 3.11 or later.
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/run
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh demo
+
+test: .venv/test lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/test
+	$(BIN)/ruff check .
+
+.venv/pip:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+.venv/run: .venv/pip setup.py
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# PyTorch first and by its exact version: what it would otherwise bring is gigabytes larger.
+.venv/test: .venv/run
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv .jax_cache demo build *.egg-info
