@@ -23,6 +23,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "transformers>=4.55",
         "huggingface_hub",
+        "jinja2",
         "ml_dtypes",
         "numpy",
         "pillow>=11",

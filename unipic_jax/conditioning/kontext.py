@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unipic_jax.core.errors import InputError
+from unipic_jax.conditioning.tokenizers import open_tokenizer
 from unipic_jax.core.params import Tree
 from unipic_jax.model import Part
 from unipic_jax.models import clip_text, t5_encoder
@@ -22,18 +22,7 @@ def tokenize(folder: Path, encoder: str, prompts: list[str]) -> np.ndarray:
 
     Raises InputError where its tokenizer is missing or cannot be opened.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    where = folder / encoder.replace("text_encoder", "tokenizer")
-    if not where.is_dir():
-        raise InputError(f"{where} is missing")
-    # A tokenizer.json says everything itself; only without it is the class needed.
-    cls = PreTrainedTokenizerFast if (where / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        tokenizer = cls.from_pretrained(where)
-    except Exception as e:  # many kinds, from missing files to a missing library
-        raise InputError(f"{where} cannot be opened as a tokenizer: "
-                         f"{str(e).strip().splitlines()[0]}") from None
+    tokenizer = open_tokenizer(folder / encoder.replace("text_encoder", "tokenizer"))
     ids = tokenizer(prompts, padding="max_length", max_length=LENGTHS[encoder], truncation=True,
                     return_tensors="np").input_ids
     return ids.astype(np.int32)

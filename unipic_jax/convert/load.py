@@ -65,13 +65,15 @@ def _sharding(mesh, spec):
 class Parts(Mapping):
     """The parts of a model folder by name, their configs read and checked.
 
-    `parts["vae"]` is a `Part`; `parts.load("vae", dtype)` its parameters. Nothing is kept: a
-    caller that uses parameters again holds on to them.
+    `parts["vae"]` is a `Part`; `parts.load("vae", dtype)` its parameters, which stay in memory
+    where `keep` is set and are read anew each time where it is not.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...], optional: tuple[str, ...] = ()):
+    def __init__(self, folder: Path, names: tuple[str, ...], optional: tuple[str, ...] = (), *,
+                 keep: bool = False):
         """Raises InputError where a part of `names` is missing or its config is not supported."""
         self.folder = folder
+        self._kept = {} if keep else None
         self._parts = {n: read_part(folder / n) for n in names}
         self._parts |= {n: read_part(folder / n) for n in optional if config_file(folder / n)}
 
@@ -84,5 +86,9 @@ class Parts(Mapping):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def load(self, name: str, dtype=None, mesh: jax.sharding.Mesh | None = None) -> params.Tree:
-        return read(self._parts[name], dtype, mesh)
+    def load(self, name: str, dtype=None) -> params.Tree:
+        if self._kept is None:
+            return read(self._parts[name], dtype)
+        if (name, dtype) not in self._kept:
+            self._kept[name, dtype] = read(self._parts[name], dtype)
+        return self._kept[name, dtype]

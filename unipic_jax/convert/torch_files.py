@@ -25,6 +25,7 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 PIECE, BAND = 2**19, 64  # bytes and values that are rearranged at a time, for the cache
+DEFAULT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
@@ -135,13 +136,20 @@ def _reader(path, offset, dtype, shape):
 def open_folder(folder: Path) -> tuple[dict[str, Tensor], Layout]:
     """All tensors of a part of a release, and their layout.
 
-    Takes `*.safetensors` (one file, or an index and its shards) or, where there is none, `*.bin`.
-    Raises InputError where weights are missing, ambiguous, or an index and its files disagree.
+    Takes `*.safetensors` (one file, or an index and its shards; of several variants the unnamed
+    one) or, where there is none, `*.bin`. Raises InputError where weights are missing or
+    ambiguous, or where an index and its files disagree.
     """
     index = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
     if not index and not files:
         return _open_bin(folder)
+    # Beside the weights a folder may hold a variant of them, in float16 say.
+    index = [f for f in index if f.name.endswith(".safetensors.index.json")] or index
+    files = [f for f in files if f.name in DEFAULT_FILES] or files
+    if len(index) > 1 or (not index and len(files) > 1):
+        raise InputError(f"{folder} has several weights; keep the ones to use: "
+                         f"{', '.join(f.name for f in index or files)}")
     if index:
         where = read_json(index[0]).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
@@ -149,9 +157,6 @@ def open_folder(folder: Path) -> tuple[dict[str, Tensor], Layout]:
         if outside := [v for v in where.values() if Path(v).name != v]:
             raise InputError(f"{index[0]} names a file outside its folder: {outside[0]}")
         files = [folder / name for name in sorted(set(where.values()))]
-    elif len(files) > 1:
-        raise InputError(f"{folder} has {len(files)} safetensors files and no index; keep the one "
-                         f"to use: {', '.join(f.name for f in files)}")
     tensors, layout = {}, Layout({}, {})
     for file in files:
         found, layout.metadata[file.name] = read_header(file)

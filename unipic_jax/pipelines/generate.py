@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,12 @@ class Drawn:
     latents: np.ndarray
 
 
-def open_model(folder) -> Parts:
-    """The parts that Kontext needs; InputError where one is missing or not supported."""
-    return Parts(folder, REQUIRED, optional=(kontext.T5,))
+def open_model(folder: Path, *, keep: bool = False) -> Parts:
+    """The parts that Kontext needs, their parameters kept in memory between calls or not.
+
+    Raises InputError where one is missing or not supported.
+    """
+    return Parts(folder, REQUIRED, optional=(kontext.T5,), keep=keep)
 
 
 def size_multiple(parts: Parts) -> int:

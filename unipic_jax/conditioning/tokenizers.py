@@ -1,0 +1,25 @@
+"""Tokenizers of model folders."""
+
+import functools
+from pathlib import Path
+
+from unipic_jax.core.errors import InputError
+
+
+@functools.lru_cache(maxsize=8)
+def open_tokenizer(folder: Path):
+    """transformers' tokenizer of the files in `folder`.
+
+    Raises InputError where it is missing or cannot be opened.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing")
+    # A tokenizer.json says everything itself; only without it is the class needed.
+    cls = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        return cls.from_pretrained(folder)
+    except Exception as e:  # many kinds, from missing files to a missing library
+        raise InputError(f"{folder} cannot be opened as a tokenizer: "
+                         f"{str(e).strip().splitlines()[0]}") from None
