@@ -84,9 +84,30 @@ def configs(size: str, dtype: str) -> dict[str, dict]:
             "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32,
             "tie_word_embeddings": False, "torch_dtype": dtype, "use_cache": True,
             "vocab_size": pick(32128, 128)},
+        "qwen2_5_vl": {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0,
+            "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+            "hidden_size": pick(3584, 64), "image_token_id": 151655, "initializer_range": 0.02,
+            "intermediate_size": pick(18944, 96), "max_position_embeddings": 128000,
+            "max_window_layers": 28, "model_type": "qwen2_5_vl",
+            "num_attention_heads": pick(28, 4), "num_hidden_layers": pick(28, 3),
+            "num_key_value_heads": pick(4, 2), "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_section": pick([16, 24, 24], [2, 3, 3]), "type": "mrope"},
+            "rope_theta": 1e6, "sliding_window": 32768, "tie_word_embeddings": False,
+            "torch_dtype": dtype, "use_cache": True, "use_sliding_window": False,
+            "video_token_id": 151656, "vision_config": {
+                "depth": pick(32, 4), "fullatt_block_indexes": pick([7, 15, 23, 31], [1, 3]),
+                "hidden_act": "silu", "hidden_size": pick(1280, 32), "in_chans": 3,
+                "intermediate_size": pick(3420, 64), "model_type": "qwen2_5_vl",
+                "num_heads": pick(16, 2), "out_hidden_size": pick(3584, 64), "patch_size": 14,
+                "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+                "tokens_per_second": 2, "window_size": 112},
+            "vision_end_token_id": 151653, "vision_start_token_id": 151652,
+            "vision_token_id": 151654, "vocab_size": pick(152064, 492)},
     }
 
 
+# Of Kontext; "qwen2_5_vl", the language model of MetaQuery without its tokenizer, on request.
 PARTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3",
          "tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -137,7 +158,7 @@ def _values(part: Part, path: tuple, shape: tuple, dtype, rng) -> np.ndarray:
     Embeddings, of which a row is picked rather than rows summed, have unit values.
     """
     if path == ("positions",):
-        return _positions(part.config, dtype).reshape(shape)
+        return np.asarray(part.specs["positions"].init(None, shape, dtype))
     mean, std = 0.0, 1.0
     if path[-1] == "kernel":
         std = np.prod(shape[1:]) ** -0.5  # [out, in, ...]
@@ -153,18 +174,6 @@ def _values(part: Part, path: tuple, shape: tuple, dtype, rng) -> np.ndarray:
         piece = rng.standard_normal(min(PIECE, flat.size - i), np.float32)
         flat[i:i + PIECE] = piece * np.float32(std) + np.float32(mean)
     return array
-
-
-def _positions(cfg, dtype) -> np.ndarray:
-    """The fixed sinusoids [N, N, D] of a column and a row, to the last bit as diffusers makes them
-    (`mmdit.specs` has them in float32 angles, and at full size in several copies)."""
-    N, quarter = cfg.pos_embed_max_size, cfg.width // 4
-    place = np.arange(N, dtype=np.float32) / np.float32(N / (cfg.sample_size // cfg.patch_size))
-    angle = place[:, None].astype(np.float64) / 10000.0 ** (np.arange(quarter) / quarter)
-    axis = np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(np.float32)  # [N, D/2]
-    table = np.empty((N, N, cfg.width), dtype)
-    table[..., :2 * quarter], table[..., 2 * quarter:] = axis[None], axis[:, None]
-    return table
 
 
 def _json(path: Path, content: dict) -> None:
@@ -218,7 +227,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "full"), default="tiny")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "qwen2_5_vl"), default=PARTS,
+                        metavar="PART",
                         help=f"which folders to write (all of {', '.join(PARTS)})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)

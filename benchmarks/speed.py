@@ -1,6 +1,7 @@
 """Speed against PyTorch: the same work, weights, machine, threads and run, turn by turn.
 
-    python -m benchmarks.speed [--cases transformer decode edit] [--turns 5] [--json F]
+    python -m benchmarks.speed [--cases transformer decode edit prefill tokens vision]
+                               [--dtypes float32 bfloat16] [--turns 5] [--json F]
 
 Each side of each case runs in a process of its own that waits while the other works. Times are
 medians over the turns, compiled and warmed up; the error is the relative L2 distance of the two
@@ -19,6 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 MODEL, SOURCE = ROOT / "tests/goldens/kontext", ROOT / "tests/goldens/source.png"
+CASES, QWEN = ("transformer", "decode", "edit"), ("prefill", "tokens", "vision")
 STEPS, SIZE = 6, 128  # of the tiny edit
 
 TRANSFORMER = dict(  # SD3.5-Medium at a sixth of its depth
@@ -34,42 +36,47 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def jax_weights(module, cfg, kind):
+    """The values of the PyTorch side, by the table of names."""
+    import jax.numpy as jnp
+    from flax import traverse_util
+
+    from unipic_jax.convert import names
+    from unipic_jax.core import params
+
+    specs = traverse_util.flatten_dict(module.specs(cfg), is_leaf=lambda _, s: params.is_spec(s))
+    tree = {}
+    for rule in names.rules(module, cfg):
+        fore, back = names.FORMS[rule.form]
+        shape = specs[rule.path].shape[1:] if rule.stacked else specs[rule.path].shape
+        shape = back(np.broadcast_to(np.uint8(0), shape)).shape
+        arrays = [fore(value(n, shape)) for n in rule.names]
+        tree[rule.path] = jnp.asarray(np.stack(arrays) if rule.stacked else arrays[0], kind)
+    return traverse_util.unflatten_dict(tree)
+
+
 def jax_side(case: str, dtype: str):
     """A function of no argument that does the case's work and returns its result."""
     import jax
     import jax.numpy as jnp
 
-    from unipic_jax.core import params
     from unipic_jax.models import autoencoder, mmdit
 
     kind = jnp.dtype(dtype)
 
-    def weights(module, cfg):
-        """The values of `torch_weights`, by the table of names."""
-        from flax import traverse_util
-
-        from unipic_jax.convert import names
-        shapes = traverse_util.flatten_dict(module.specs(cfg),
-                                            is_leaf=lambda _, s: params.is_spec(s))
-        tree = {}
-        for rule in names.rules(module, cfg):
-            back = names.FORMS[rule.form]
-            shape = shapes[rule.path].shape[1:] if rule.stacked else shapes[rule.path].shape
-            shape = back[1](np.broadcast_to(np.uint8(0), shape)).shape
-            arrays = [back[0](value(n, shape)) for n in rule.names]
-            tree[rule.path] = jnp.asarray(np.stack(arrays) if rule.stacked else arrays[0], kind)
-        return traverse_util.unflatten_dict(tree)
-
+    if case in QWEN:
+        from benchmarks import speed_qwen
+        return speed_qwen.jax_side(case, kind)
     if case == "transformer":
         cfg = mmdit.Config(**TRANSFORMER)
-        tree, x = weights(mmdit, cfg), transformer_inputs()
+        tree, x = jax_weights(mmdit, cfg, kind), transformer_inputs()
         x = {k: jnp.asarray(np.moveaxis(v, 1, -1) if v.ndim == 4 else v, kind)
              for k, v in x.items()}
         f = jax.jit(lambda p, x: mmdit.apply(cfg, p, **x))
         return lambda: np.moveaxis(np.asarray(f(tree, x), np.float32), -1, 1)
     if case == "decode":
         cfg = autoencoder.Config(**VAE)
-        tree, z = weights(autoencoder, cfg), jnp.asarray(normal(0, 1, 64, 64, 16), kind)
+        tree, z = jax_weights(autoencoder, cfg, kind), jnp.asarray(normal(0, 1, 64, 64, 16), kind)
         f = jax.jit(lambda p, z: autoencoder.decode(cfg, p, z))
         return lambda: np.moveaxis(np.asarray(f(tree, z), np.float32), -1, 1)
 
@@ -111,6 +118,10 @@ def torch_side(case: str, dtype: str):
     torch.set_grad_enabled(False)
     torch.set_num_threads(os.cpu_count())
     kind = getattr(torch, dtype)
+
+    if case in QWEN:
+        from benchmarks import speed_qwen
+        return speed_qwen.torch_side(case, kind)
 
     def filled(module):
         for name, p in module.state_dict().items():
@@ -220,15 +231,15 @@ def compare(case: str, dtype: str, turns: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["transformer", "decode", "edit"],
-                        choices=["transformer", "decode", "edit"])
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES + QWEN)
+    parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
     print(f"{'case':12} {'type':9} {'JAX s':>8} {'PyTorch s':>10} {'times':>6} {'error':>8}")
     for case in args.cases:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in args.dtypes:
             rows.append(r := compare(case, dtype, args.turns))
             print(f"{case:12} {dtype:9} {r['jax']:8.3f} {r['torch']:10.3f} {r['ratio']:6.2f} "
                   f"{r['error']:8.1e}", flush=True)

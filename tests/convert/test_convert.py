@@ -99,6 +99,23 @@ def test_shards_with_an_index(suffix, clip, tmp_path):
     same_tree(clip, round_trip(clip, tmp_path))
 
 
+def test_a_large_stack_lies_in_pieces(clip, tmp_path, monkeypatch):
+    """Of two layers and of one; restored whole onto a mesh, and exported."""
+    monkeypatch.setattr(store, "GROUP", 10_000)
+    convert.convert(clip, tmp_path / "jax", progress=False)
+    part = read_part(tmp_path / "jax")
+    stored = store._stored(part.folder / convert.PARAMS)
+    assert stored["layers", "q", "kernel"][0] == (3, 24, 24)
+    assert [stored["layers", "up", "kernel", f"part_{i}"][0][0] for i in (0, 2)] == [2, 1]
+    assert store.described(part.folder / convert.PARAMS)["layers", "up", "kernel"][0] == (3, 24, 48)
+    m = mesh.make(1, 4, 2)
+    tree = load.read(part, mesh=m)
+    assert jax.tree.map(lambda a: a.sharding, tree) == params.shardings(part.specs, m)
+    jax.tree.map(np.testing.assert_array_equal, tree, load.read(read_part(clip)))
+    convert.export(tmp_path / "jax", tmp_path / "back", progress=False)
+    same_tree(clip, tmp_path / "back")
+
+
 def test_a_variant_beside_the_weights_is_left_alone(clip, tmp_path):
     want = load.read(read_part(clip))
     shutil.copy(clip / "model.safetensors", clip / "model.fp16.safetensors")
@@ -250,7 +267,7 @@ def test_a_model_that_was_never_released_exports_to_default_files(tmp_path, monk
     read = read_part(part)
     tree = params.init(read.specs, jax.random.key(0))
     flat = traverse_util.flatten_dict(tree)
-    store.save(part / convert.PARAMS, ((k, np.asarray(v)) for k, v in flat.items()))
+    store.save(part / convert.PARAMS, (store.Piece(k, np.asarray(v)) for k, v in flat.items()))
     convert.export(part, tmp_path / "one", progress=False)
     jax.tree.map(np.testing.assert_array_equal, tree, load.read(read_part(tmp_path / "one")))
 

@@ -82,6 +82,16 @@ def test_guidance_order_and_formula():
     np.testing.assert_allclose(guidance.conditional(f, POSITIVE)(x, 0.25, 0), 2.25)
 
 
+def test_three_way_guidance_formula():
+    """b + s_I (n - b) + s_T (p - n), where the blank condition has fewer entries."""
+    def f(x, sigma, condition):
+        return network(x, sigma, condition) + condition.get("picture", 0)
+
+    x, picture = jnp.ones((2, 3)), {"picture": jnp.full((2, 3), 4.0)}
+    v = guidance.three_way(f, POSITIVE | picture, NEGATIVE | picture, NEGATIVE, 3.5, 1.5)
+    np.testing.assert_allclose(v(x, 0.25, 0), 0.25 + 0.5 + 1.5 * 4 + 3.5 * 1.5)
+
+
 def test_skip_layer_guidance_acts_in_its_window():
     def skipping(x, sigma, condition):
         return network(x, sigma, condition) - 1

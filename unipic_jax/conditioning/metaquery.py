@@ -2,7 +2,6 @@
 makes of it, and the connector turns its states at them into the transformer's conditions."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,7 +32,8 @@ class Inputs(NamedTuple):
 
 
 def check(parts: Mapping[str, Part]) -> None:
-    """Raises InputError where the parts "mllm", "conditioner" and "transformer" do not fit."""
+    """Raises InputError where the parts "mllm", "conditioner" and "transformer" do not fit, or
+    where the language model's folder lacks its tokenizer or its template."""
     mllm, conditioner = parts["mllm"], parts["conditioner"]
     if mllm.module is not qwen:
         raise InputError(f"{mllm.folder} is not a Qwen2.5-VL")
@@ -47,6 +47,7 @@ def check(parts: Mapping[str, Part]) -> None:
         if getattr(mine, name) != value:
             raise InputError(f"{conditioner.folder} does not fit {other.folder}: its {name} is "
                              f"{getattr(mine, name)} where {value} is needed")
+    qwen_chat.open_chat(mllm.folder)
 
 
 def prepare(
@@ -82,21 +83,31 @@ def prepare(
     return Inputs(ids, mask, positions, packed)
 
 
+def query_states(
+    cfg: qwen.Config, params: Tree, queries: jax.Array, inputs: Inputs, *, dtype=jnp.float32,
+    remat: bool = False,
+) -> jax.Array:
+    """Qwen's normalized final states [B, Q, D] at the queries [Q, D] after each prompt.
+
+    `remat` recomputes its layers in the gradient.
+    """
+    x = qwen.embed(cfg, params, inputs.ids, inputs.pictures, dtype)
+    queries = meshes.replicate(queries.astype(dtype))
+    queries = jnp.broadcast_to(queries, (len(x), *queries.shape), out_sharding=meshes.spec_of(x))
+    x = jnp.concatenate([x, queries], 1)
+    states, _ = language.apply(cfg, params, x, inputs.positions, inputs.mask, remat=remat)
+    return states[:, -queries.shape[1]:]
+
+
 def apply(
     qwen_cfg: qwen.Config, cfg: connector.Config, qwen_params: Tree, params: Tree, inputs: Inputs,
     *, dtype=jnp.float32, remat: bool = False,
 ) -> dict[str, jax.Array]:
-    """`Inputs` -> {"context": [B, Q, joint_attention_dim], "pooled": [B, pooled_projection_dim]}.
-
-    `params` are the conditioner's: the queries and the connector. `remat` recomputes Qwen's layers
-    in the gradient.
-    """
-    x = qwen.embed(qwen_cfg, qwen_params, inputs.ids, inputs.pictures, dtype)
-    queries = meshes.replicate(params["queries"].astype(dtype))
-    queries = jnp.broadcast_to(queries, (len(x), *queries.shape), out_sharding=meshes.spec_of(x))
-    x = jnp.concatenate([x, queries], 1)
-    states, _ = language.apply(qwen_cfg, qwen_params, x, inputs.positions, inputs.mask, remat=remat)
-    context, pooled = connector.apply(cfg, params, states[:, -cfg.num_queries:])
+    """`Inputs` -> {"context": [B, Q, joint_attention_dim], "pooled": [B, pooled_projection_dim]},
+    by Qwen's parameters and the conditioner's, which are the queries and the connector."""
+    states = query_states(qwen_cfg, qwen_params, params["queries"], inputs, dtype=dtype,
+                          remat=remat)
+    context, pooled = connector.apply(cfg, params, states)
     return {"context": context, "pooled": pooled}
 
 

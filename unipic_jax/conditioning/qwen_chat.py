@@ -29,11 +29,13 @@ Conversation = Sequence[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """What turns conversations into arrays."""
+    """What turns conversations into arrays, and when and how their answers end."""
 
     tokenizer: Any
     template: str
     images: qwen_images.Config
+    ends: tuple[int, ...]  # the tokens that end an answer
+    repetition_penalty: float
 
 
 class Prompts(NamedTuple):
@@ -54,7 +56,7 @@ def open_chat(folder: Path) -> Chat:
     folder = Path(folder)
     template, where = _read_template(folder)
     chat = Chat(open_tokenizer(folder), template.replace(SYSTEM_PROMPT, ""),
-                qwen_images.read_config(folder))
+                qwen_images.read_config(folder), *_read_generation(folder))
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
              {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     want = ("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a<|im_end|>\n"
@@ -78,6 +80,16 @@ def _read_template(folder: Path) -> tuple[str, Path]:
         if isinstance(raw, dict) and isinstance(raw.get("chat_template"), str):
             return raw["chat_template"], file
     raise InputError(f"{folder} has no chat template (no chat_template.jinja or .json)")
+
+
+def _read_generation(folder: Path) -> tuple[tuple[int, ...], float]:
+    """The end tokens and the repetition penalty of generation_config.json, or of config.json."""
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    raw = [read_json(file) for file in files if file.is_file()]
+    raw += [r["text_config"] for r in raw if "text_config" in r]
+    ends = next((r["eos_token_id"] for r in raw if r.get("eos_token_id") is not None), [])
+    penalty = next((r["repetition_penalty"] for r in raw if r.get("repetition_penalty")), 1.0)
+    return tuple(np.atleast_1d(np.array(ends, int)).tolist()), float(penalty)
 
 
 def render(chat: Chat, conversation: Conversation) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from unipic_jax.core.errors import InputError
 
+FILES = ("tokenizer.json", "vocab.json", "spiece.model")  # one of which holds the vocabulary
+
 
 @functools.lru_cache(maxsize=8)
 def open_tokenizer(folder: Path):
@@ -16,6 +18,8 @@ def open_tokenizer(folder: Path):
 
     if not folder.is_dir():
         raise InputError(f"{folder} is missing")
+    if not any((folder / name).is_file() for name in FILES):
+        raise InputError(f"{folder} has no tokenizer (no {', '.join(FILES)})")
     # A tokenizer.json says everything itself; only without it is the class needed.
     cls = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:

@@ -87,14 +87,18 @@ def _convert_part(part: Part):
     plan = match(part, tensors)
 
     def write(folder: Path, done: Callable):
-        def leaves():
+        def pieces():
             for rule, found in plan:
-                array = stacked(rule, found)
-                yield rule.path, array
-                done(array.nbytes)
-                del array
+                size = max(torch_files.nbytes(t.dtype, t.shape) for t in found)
+                step = store.layers_apiece(size, len(found))
+                kind = leaf_type(found)
+                for first in range(0, len(found), step):
+                    array = stacked(rule, found[first:first + step], kind)
+                    yield store.Piece(rule.path, array, first if step < len(found) else None)
+                    done(array.nbytes)
+                    del array
 
-        store.save(folder / PARAMS, leaves())
+        store.save(folder / PARAMS, pieces())
         (folder / LAYOUT).write_text(json.dumps(layout.to_json(), indent=1), encoding="utf-8")
 
     return sum(torch_files.nbytes(t.dtype, t.shape) for t in tensors.values()), write
@@ -141,11 +145,15 @@ def torch_shapes(part: Part, rules: list[names.Rule]) -> dict[str, tuple[int, ..
     return shapes
 
 
-def stacked(rule: names.Rule, tensors: list[Tensor], dtype=None) -> np.ndarray:
-    """A leaf in memory, read tensor by tensor, in `dtype` or the smallest that holds all."""
-    forward = names.FORMS[rule.form][0]
+def leaf_type(tensors: list[Tensor]) -> np.dtype:
+    """The type of a leaf: its tensors', or float32 where they differ, which holds them all."""
     kinds = {np.dtype(DTYPES[t.dtype]) for t in tensors}
-    dtype = dtype or (kinds.pop() if len(kinds) == 1 else np.dtype(np.float32))
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+
+
+def stacked(rule: names.Rule, tensors: list[Tensor], dtype: np.dtype) -> np.ndarray:
+    """A leaf, or some layers of a stack, in memory, read tensor by tensor."""
+    forward = names.FORMS[rule.form][0]
     shape = forward(np.broadcast_to(np.uint8(0), tensors[0].shape)).shape
     out = np.empty((len(tensors), *shape), dtype)
     for layer, tensor in zip(out, tensors):
@@ -180,9 +188,12 @@ def _export_part(part: Part):
         by_path = {}
         for name, (path, i, rule) in places.items():
             by_path.setdefault(path, []).append((name, i, rule))
-        for path, leaf in store.leaves(part.folder / PARAMS):
+        for path, leaf, first in store.pieces(part.folder / PARAMS):
+            first = first or 0
             for name, i, rule in by_path[path]:
-                back = names.FORMS[rule.form][1](leaf if i is None else leaf[i])
+                if i is not None and not first <= i < first + len(leaf):
+                    continue
+                back = names.FORMS[rule.form][1](leaf if i is None else leaf[i - first])
                 for writer, stored_name in targets[name]:
                     writer.write(stored_name, back)
             done(leaf.nbytes)

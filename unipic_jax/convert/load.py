@@ -50,10 +50,12 @@ def read(part: Part, dtype=None, mesh: jax.sharding.Mesh | None = None) -> param
         return store.restore(part.folder / convert.PARAMS, abstract)
     tensors, _ = torch_files.open_folder(part.folder)
     specs = traverse_util.flatten_dict(part.specs, is_leaf=lambda _, s: params.is_spec(s))
-    return traverse_util.unflatten_dict({
-        rule.path: jax.device_put(convert.stacked(rule, found, dtype and np.dtype(dtype)),
-                                  _sharding(mesh, specs[rule.path]))
-        for rule, found in convert.match(part, tensors)})
+    tree = {}
+    for rule, found in convert.match(part, tensors):
+        kind = np.dtype(dtype or convert.leaf_type(found))
+        tree[rule.path] = jax.device_put(convert.stacked(rule, found, kind),
+                                         _sharding(mesh, specs[rule.path]))
+    return traverse_util.unflatten_dict(tree)
 
 
 def _sharding(mesh, spec):
@@ -69,13 +71,17 @@ class Parts(Mapping):
     where `keep` is set and are read anew each time where it is not.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...], optional: tuple[str, ...] = (), *,
-                 keep: bool = False):
-        """Raises InputError where a part of `names` is missing or its config is not supported."""
+    def __init__(self, folder: Path, names: tuple[str, ...], optional: tuple[str, ...] = (),
+                 elsewhere: Mapping[str, Path] = {}, *, keep: bool = False):
+        """`elsewhere`: parts by name that lie in folders of their own.
+
+        Raises InputError where a part but an optional one is missing or a config is not supported.
+        """
         self.folder = folder
         self._kept = {} if keep else None
         self._parts = {n: read_part(folder / n) for n in names}
         self._parts |= {n: read_part(folder / n) for n in optional if config_file(folder / n)}
+        self._parts |= {n: read_part(f) for n, f in elsewhere.items()}
 
     def __getitem__(self, name: str) -> Part:
         return self._parts[name]

@@ -1,12 +1,16 @@
 """Parameters on disk, as one Orbax checkpoint a part.
 
 Trees are written and read a few leaves at a time where they need not fit in memory, and restored
-whole onto any mesh.
+whole onto any mesh. A stack that is larger than `GROUP` lies in several arrays of some layers
+each, "part_0" and so on by the first layer, so that memory does not grow with depth.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
@@ -15,12 +19,26 @@ from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Tree
 
 Path = tuple[str, ...]
-GROUP = 2**28  # bytes that are held at a time, or one leaf where it is larger
+GROUP = 2**28  # bytes that are held at a time, or one leaf or layer where it is larger
 CHUNK = 2**26  # bytes a stored chunk at most, so that a host reads little more than its share
+PART = "part_"
 
 
-def save(folder: FilePath, leaves: Iterable[tuple[Path, np.ndarray]]) -> None:
-    """Write leaves as they come; the checkpoint is valid once the last one is in."""
+class Piece(NamedTuple):
+    """A leaf, or the layers of a stack from `first` on."""
+
+    path: Path
+    array: np.ndarray
+    first: int | None = None  # None for a whole leaf
+
+
+def layers_apiece(layer_bytes: int, layers: int) -> int:
+    """How many layers of a stack go into a piece: all, or as many as `GROUP` holds."""
+    return layers if layer_bytes * layers <= GROUP else max(1, GROUP // layer_bytes)
+
+
+def save(folder: FilePath, pieces: Iterable[Piece]) -> None:
+    """Write pieces as they come; the checkpoint is valid once the last one is in."""
     folder = folder.absolute()  # Orbax takes no other
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = CHUNK
@@ -28,21 +46,27 @@ def save(folder: FilePath, leaves: Iterable[tuple[Path, np.ndarray]]) -> None:
     # takes them.
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False  # nobody changes a leaf while it is written
-    with context:
-        group, held = {}, 0
-        for path, array in leaves:
-            group[path], held = array, held + array.nbytes
-            del array  # not a second reference while the next leaf is made
-            if held > GROUP:
-                ocp.partial.save(folder, traverse_util.unflatten_dict(group))
-                group, held = {}, 0
+    group = {}
+
+    def flush():
         if group:
             ocp.partial.save(folder, traverse_util.unflatten_dict(group))
+            group.clear()
+
+    with context:
+        for path, array, first in pieces:
+            if sum(a.nbytes for a in group.values()) + array.nbytes > GROUP:
+                flush()
+            group[path if first is None else (*path, f"{PART}{first}")] = array
+            if array.nbytes > GROUP:
+                flush()  # now, since the next leaf would be made beside it
+            del array
+        flush()
         ocp.partial.finalize(folder)
 
 
-def described(folder: FilePath) -> dict[Path, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of every leaf. Raises InputError where `folder` is not a checkpoint."""
+def _stored(folder: FilePath) -> dict[Path, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every stored array."""
     try:
         tree = ocp.metadata(folder.absolute()).metadata
         if tree is None:
@@ -54,30 +78,63 @@ def described(folder: FilePath) -> dict[Path, tuple[tuple[int, ...], np.dtype]]:
             for p, m in traverse_util.flatten_dict(tree).items()}
 
 
-def leaves(folder: FilePath) -> Iterator[tuple[Path, np.ndarray]]:
-    """Every leaf on the host, a few at a time."""
-    all_leaves = described(folder)
-    nothing = {p: ocp.PLACEHOLDER for p in all_leaves}
-    group, held = {}, 0
+def _whole(path: Path) -> tuple[Path, int | None]:
+    """The leaf that a stored array belongs to, and its first layer where it is a piece."""
+    if path[-1].startswith(PART):
+        return path[:-1], int(path[-1].removeprefix(PART))
+    return path, None
+
+
+def described(folder: FilePath) -> dict[Path, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every leaf. Raises InputError where `folder` is not a checkpoint."""
+    leaves = {}
+    for stored, (shape, dtype) in _stored(folder).items():
+        path, first = _whole(stored)
+        if first is not None and path in leaves:
+            shape = (shape[0] + leaves[path][0][0], *shape[1:])
+        leaves[path] = shape, dtype
+    return leaves
+
+
+def pieces(folder: FilePath) -> Iterator[Piece]:
+    """Everything on the host, a few pieces at a time."""
+    stored = _stored(folder)
+    nothing = dict.fromkeys(stored, ocp.PLACEHOLDER)
+    group, held = [], 0
 
     def load():
-        wanted = {p: np.empty(*all_leaves[p]) for p in group}
-        tree = _load(folder, traverse_util.unflatten_dict(nothing | wanted))
-        loaded = traverse_util.flatten_dict(tree)
-        return {p: loaded[p] for p in group}
+        wanted = {p: np.empty(*stored[p]) for p in group}
+        loaded = traverse_util.flatten_dict(
+            _load(folder, traverse_util.unflatten_dict(nothing | wanted)))
+        for p in group:
+            path, first = _whole(p)
+            yield Piece(path, loaded.pop(p), first)
 
-    for path, (shape, dtype) in all_leaves.items():
+    for path, (shape, dtype) in stored.items():
         size = int(np.prod(shape)) * dtype.itemsize
         if group and held + size > GROUP:
-            yield from load().items()
-            group, held = {}, 0
-        group[path], held = None, held + size
-    yield from load().items()
+            yield from load()
+            group, held = [], 0
+        group, held = [*group, path], held + size
+    yield from load()
 
 
 def restore(folder: FilePath, abstract: Tree) -> Tree:
     """The tree with the shapes, types and shardings of `abstract`."""
-    return _load(folder, abstract)
+    leaves, wanted = traverse_util.flatten_dict(abstract), {}
+    for stored, (shape, _) in _stored(folder).items():
+        leaf = leaves[_whole(stored)[0]]
+        wanted[stored] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+    loaded = traverse_util.flatten_dict(_load(folder, traverse_util.unflatten_dict(wanted)))
+    split: dict[Path, dict[int, Path]] = {}
+    for stored in wanted:
+        path, first = _whole(stored)
+        if first is not None:
+            split.setdefault(path, {})[first] = stored
+    for path, parts in split.items():  # leaf by leaf, so that only one is there twice
+        arrays = [loaded.pop(parts[first]) for first in sorted(parts)]
+        loaded[path] = jax.jit(jnp.concatenate, out_shardings=leaves[path].sharding)(arrays)
+    return traverse_util.unflatten_dict(loaded)
 
 
 def _load(folder, tree):

@@ -40,6 +40,21 @@ def classifier_free(f: Callable, positive, negative, scale: float | jax.Array) -
     return velocity
 
 
+def three_way(
+    f: Callable, positive, negative, blank, scale: float | jax.Array, image_scale: float | jax.Array
+) -> Velocity:
+    """b + image_scale (n - b) + scale (p - n), where `positive` has the text and the picture,
+    `negative` the picture and `blank` neither (InstructPix2Pix, Brooks et al. 2023; MetaQuery's
+    own edits). `blank` goes through the network by itself, for its tokens may be fewer."""
+
+    def velocity(x, sigma, index):
+        b = _float32(f(x, sigma, blank))
+        n, p = _halves(f, x, sigma, positive, negative)
+        return b + image_scale * (n - b) + scale * (p - n)
+
+    return velocity
+
+
 def skip_layer(
     f: Callable, f_skip: Callable, positive, negative, scale: float | jax.Array, skip: SkipLayer,
     steps: int | jax.Array,
@@ -59,9 +74,13 @@ def skip_layer(
 
 
 def _guided(f, x, sigma, positive, negative, scale):
-    both = jax.tree.map(lambda n, p: jnp.concatenate([n, p]), negative, positive)
-    n, p = jnp.split(_float32(f(jnp.concatenate([x, x]), sigma, both)), 2)
+    n, p = _halves(f, x, sigma, positive, negative)
     return n + scale * (p - n), p
+
+
+def _halves(f, x, sigma, positive, negative):
+    both = jax.tree.map(lambda n, p: jnp.concatenate([n, p]), negative, positive)
+    return jnp.split(_float32(f(jnp.concatenate([x, x]), sigma, both)), 2)
 
 
 def _float32(v):

@@ -9,6 +9,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -136,12 +137,14 @@ def _sincos(cfg: Config):
     def init(_, shape, dtype):
         N, quarter = cfg.pos_embed_max_size, cfg.width // 4
         base = cfg.sample_size // cfg.patch_size
-        place = jnp.arange(N, dtype=jnp.float32) / (N / base)
-        angle = place[:, None] * 10000.0 ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
-        axis = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)  # [N, D/2]
+        # Places in float32 and angles in float64, as diffusers has them, to the last bit.
+        place = np.arange(N, dtype=np.float32) / np.float32(N / base)
+        angle = place[:, None].astype(np.float64) / 10000.0 ** (np.arange(quarter) / quarter)
+        axis = np.concatenate([np.sin(angle), np.cos(angle)], -1)  # [N, D/2]
+        axis = jnp.asarray(axis.astype(np.float32), dtype)
         column = jnp.broadcast_to(axis[None], (N, N, 2 * quarter))
         row = jnp.broadcast_to(axis[:, None], (N, N, 2 * quarter))
-        return jnp.concatenate([column, row], -1).reshape(shape).astype(dtype)
+        return jnp.concatenate([column, row], -1).reshape(shape)
 
     return init
 

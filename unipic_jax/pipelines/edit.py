@@ -43,8 +43,8 @@ def edit(
         raise InputError(f"pictures of one batch come to different sizes: {sorted(sizes)}; edit "
                          "them one by one")
     width, height = sizes.pop()
-    resized = np.stack([images.to_array(images.to_rgb(p).resize((width, height)))
-                        for p in pictures])
+    pictures = [images.to_rgb(p).resize((width, height)) for p in pictures]
+    pixels = np.stack([images.to_array(p) for p in pictures]).astype(options.vae_dtype)
 
     one_each = pipeline.latent_shape(parts, len(pictures), height, width)
     shape = (len(pictures) * options.images_per_prompt, *one_each[1:])
@@ -54,15 +54,28 @@ def edit(
         # Another stream than the initial latents', which take the seed itself.
         noise = pipeline.initial_latents(one_each, options.seed + 2**31, reference_noise)
     vae = parts["vae"].config
-    reference = _encode(vae, parts.load("vae", options.vae_dtype),
-                        resized.astype(options.vae_dtype), noise)
+    reference = _encode(vae, parts.load("vae", options.vae_dtype), pixels, noise)
     reference = jnp.repeat(reference, options.images_per_prompt, 0)
 
-    positive, negative = pipeline.encode_prompts(parts, prompts, negative_prompt, options)
-    positive |= {"reference": reference}
-    if negative is not None:
-        negative |= {"reference": reference}
-    return pipeline.draw(parts, latents, positive, negative, options)
+    conditions = pipeline.encode_prompts(parts, prompts, negative_prompt, options, pictures)
+    for condition in filter(None, conditions[:2]):
+        condition["reference"] = reference
+    return pipeline.draw(parts, latents, conditions, options)
+
+
+def edit_in_turns(
+    parts: Parts, picture: Image.Image, prompts: list[str], *args, options: Options = Options(),
+    **kw
+) -> Drawn:
+    """A picture edited by the first prompt, what comes of it by the second, and so on; a row of
+    the result a turn. The rest as in `edit`, which each turn is."""
+    if options.images_per_prompt != 1:
+        raise InputError("edits in turns have one picture each; leave --images-per-prompt at 1")
+    turns = []
+    for prompt in prompts:
+        turns.append(edit(parts, [picture], [prompt], *args, options=options, **kw))
+        picture = images.to_picture(turns[-1].pictures[0])
+    return Drawn(*(np.concatenate(a) for a in zip(*((t.pictures, t.latents) for t in turns))))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

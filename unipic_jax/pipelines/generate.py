@@ -2,24 +2,28 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from PIL import Image
 from tqdm import tqdm
 
-from unipic_jax.conditioning import kontext
+from unipic_jax.conditioning import kontext, metaquery
 from unipic_jax.convert.load import Parts
 from unipic_jax.core import images
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Tree
 from unipic_jax.flow import guidance, schedule
 from unipic_jax.flow.sample import sample
+from unipic_jax.model import config_file
 from unipic_jax.models import autoencoder, mmdit
 
-REQUIRED = ("transformer", "vae", "scheduler", *kontext.CLIP)
+REQUIRED = ("transformer", "vae", "scheduler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +34,18 @@ class Options:
     guidance_scale: float = 3.5  # off at 1 and below
     seed: int = 42
     images_per_prompt: int = 1
+    image_guidance_scale: float | None = None  # of an edit's picture, apart from its text
     skip: guidance.SkipLayer | None = None
     skip_forgets_reference: bool = False  # as the released code does, by mistake
+    three_axis_rope: bool = False  # of a picture shown to the language model; see `metaquery`
+    newline_after_picture: bool = False  # in the language model's prompt; the same
     dtype: jnp.dtype = jnp.float32  # of the text encoders and the transformer
     vae_dtype: jnp.dtype = jnp.float32
     progress: bool = False
+
+    def __post_init__(self):
+        if self.skip and self.image_guidance_scale is not None:
+            raise InputError("skip-layer guidance and image guidance are one or the other")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +56,34 @@ class Drawn:
     latents: np.ndarray
 
 
-def open_model(folder: Path, *, keep: bool = False) -> Parts:
-    """The parts that Kontext needs, their parameters kept in memory between calls or not.
+class Conditions(NamedTuple):
+    """What pictures are drawn under: {"context", "pooled"} and, for edits, "reference"
+    [B, h, w, C]; a leading axis of all pictures."""
 
-    Raises InputError where one is missing or not supported.
+    positive: dict
+    negative: dict | None  # None where guidance is off
+    blank: dict | None = None  # the negative one without the picture, where its guidance is on
+
+
+def open_model(
+    folder: Path, mllm: Path | None = None, conditioner: Path | None = None, *, keep: bool = False
+) -> Parts:
+    """The parts that Kontext needs or, with the language model's folder `mllm`, MetaQuery; their
+    parameters kept in memory between calls or not.
+
+    The conditioner is taken from the model's folder unless it has one of its own. Raises
+    InputError where a part is missing, is not supported or does not fit the others.
     """
-    return Parts(folder, REQUIRED, optional=(kontext.T5,), keep=keep)
+    if mllm is None:
+        if conditioner:
+            raise InputError(f"the conditioner {conditioner} needs a language model; give --mllm")
+        if config_file(folder / "conditioner") and not config_file(folder / kontext.CLIP[0]):
+            raise InputError(f"{folder} is a MetaQuery model; give its language model by --mllm")
+        return Parts(folder, (*REQUIRED, *kontext.CLIP), optional=(kontext.T5,), keep=keep)
+    parts = Parts(folder, REQUIRED, elsewhere={
+        "mllm": mllm, "conditioner": conditioner or folder / "conditioner"}, keep=keep)
+    metaquery.check(parts)
+    return parts
 
 
 def size_multiple(parts: Parts) -> int:
@@ -73,8 +106,7 @@ def generate(
     images.check_size("width", width, size_multiple(parts))
     shape = latent_shape(parts, len(prompts) * options.images_per_prompt, height, width)
     latents = initial_latents(shape, options.seed, latents)
-    positive, negative = encode_prompts(parts, prompts, negative_prompt, options)
-    return draw(parts, latents, positive, negative, options)
+    return draw(parts, latents, encode_prompts(parts, prompts, negative_prompt, options), options)
 
 
 def latent_shape(parts: Parts, batch: int, height: int, width: int) -> tuple[int, ...]:
@@ -102,24 +134,37 @@ def _chw(shape):
 
 
 def encode_prompts(
-    parts: Parts, prompts: list[str], negative_prompt: str, options: Options
-) -> tuple[dict, dict | None]:
-    """The positive conditions, one a picture, and the negative ones where guidance is on."""
-    guided = options.guidance_scale > 1
-    texts = [*prompts, negative_prompt] if guided else prompts
-    names = [n for n in kontext.LENGTHS if n in parts]
-    ids = {n: kontext.tokenize(parts.folder, n, texts) for n in names}
-    encoded = kontext.encode(parts, lambda n: parts.load(n, options.dtype), ids, options.dtype)
-    n, k = len(prompts), options.images_per_prompt
-    positive = jax.tree.map(lambda a: jnp.repeat(a[:n], k, 0), encoded)
-    if not guided:
-        return positive, None
-    return positive, jax.tree.map(lambda a: jnp.repeat(a[n:], n * k, 0), encoded)
+    parts: Parts, prompts: list[str], negative_prompt: str, options: Options,
+    pictures: Sequence[Image.Image] | None = None,
+) -> Conditions:
+    """The conditions of prompts, and of the picture that each one edits, in the order of the
+    pictures drawn. Without a picture, the language model sees a black one, as in MetaQuery."""
+    if pictures is not None and options.image_guidance_scale is not None:
+        kinds = 3
+    else:
+        kinds = 2 if options.guidance_scale > 1 else 1
+    if pictures is None or "conditioner" not in parts:  # Kontext's encoders see no pictures
+        shown = [[None] * len(prompts), [None], [None]][:kinds]
+    else:
+        shown = [pictures, pictures, [Image.new("RGB", pictures[0].size)]][:kinds]
+    texts = [*prompts, *[negative_prompt] * sum(map(len, shown[1:]))]
+    if "conditioner" in parts:
+        encoded = metaquery.encode(
+            parts, texts, pictures and [p for kind in shown for p in kind], options.dtype,
+            three_axis_rope=options.three_axis_rope, newline=options.newline_after_picture)
+    else:
+        names = [n for n in kontext.LENGTHS if n in parts]
+        ids = {n: kontext.tokenize(parts.folder, n, texts) for n in names}
+        encoded = kontext.encode(parts, lambda n: parts.load(n, options.dtype), ids, options.dtype)
+    conditions, total = [], len(prompts) * options.images_per_prompt
+    for kind in shown:
+        conditions.append({k: jnp.repeat(a[:len(kind)], total // len(kind), 0)
+                           for k, a in encoded.items()})
+        encoded = {k: a[len(kind):] for k, a in encoded.items()}
+    return Conditions(*conditions, *[None] * (3 - kinds))
 
 
-def draw(
-    parts: Parts, latents: jax.Array, positive: dict, negative: dict | None, options: Options
-) -> Drawn:
+def draw(parts: Parts, latents: jax.Array, conditions: Conditions, options: Options) -> Drawn:
     """Denoise under the conditions, and decode."""
     cfg = parts["transformer"].config
     layers = options.skip.layers if options.skip else ()
@@ -127,8 +172,7 @@ def draw(
         raise InputError(f"skip layer {outside[0]} is not one of the transformer's "
                          f"{cfg.num_layers} (0 to {cfg.num_layers - 1})")
     params = parts.load("transformer", options.dtype)
-    denoised = _denoise(cfg, params, parts["scheduler"].config, latents, positive, negative,
-                        options)
+    denoised = _denoise(cfg, params, parts["scheduler"].config, latents, conditions, options)
     del params
     vae = parts["vae"].config
     pictures = _decode(vae, parts.load("vae", options.vae_dtype),
@@ -136,11 +180,11 @@ def draw(
     return Drawn(np.asarray(pictures), np.asarray(denoised))
 
 
-def _denoise(cfg, params, timing, x, positive, negative, options):
+def _denoise(cfg, params, timing, x, conditions, options):
     sigmas = schedule.sigmas(timing, options.steps)
     run = functools.partial(
-        denoise, cfg, params, positive=positive, negative=negative,
-        scale=options.guidance_scale, steps=options.steps, skip=options.skip,
+        denoise, cfg, params, **conditions._asdict(), scale=options.guidance_scale,
+        image_scale=options.image_guidance_scale, steps=options.steps, skip=options.skip,
         skip_forgets_reference=options.skip_forgets_reference, dtype=options.dtype,
         timesteps=timing.num_train_timesteps)
     if not options.progress:
@@ -157,14 +201,14 @@ def _denoise(cfg, params, timing, x, positive, negative, options):
     "cfg", "skip", "skip_forgets_reference", "dtype", "timesteps"))
 def denoise(
     cfg: mmdit.Config, params: Tree, x: jax.Array, *, sigmas: jax.Array, first: int,
-    positive: dict, negative: dict | None, scale: float, steps: int,
-    skip: guidance.SkipLayer | None = None, skip_forgets_reference: bool = False,
-    dtype=jnp.float32, timesteps: int = 1000,
+    positive: dict, negative: dict | None, scale: float, steps: int, blank: dict | None = None,
+    image_scale: float | None = None, skip: guidance.SkipLayer | None = None,
+    skip_forgets_reference: bool = False, dtype=jnp.float32, timesteps: int = 1000,
 ) -> jax.Array:
-    """x [B, h, w, C] from noise level sigmas[0] to sigmas[-1], guided where `negative` is given.
+    """x [B, h, w, C] from noise level sigmas[0] to sigmas[-1], guided where `negative` is given,
+    and by the picture apart from the text where `blank` is (`Conditions`).
 
-    Conditions are {"context", "pooled"} and, for edits, "reference" [B, h, w, C]. `first` is the
-    index of the first of these steps among all `steps`.
+    `first` is the index of the first of these steps among all `steps`.
     """
 
     def velocity(x, sigma, condition, **kw):
@@ -178,6 +222,8 @@ def denoise(
 
     if negative is None:
         guided = guidance.conditional(velocity, positive)
+    elif blank is not None:
+        guided = guidance.three_way(velocity, positive, negative, blank, scale, image_scale)
     elif skip:
         guided = guidance.skip_layer(velocity, skipping, positive, negative, scale, skip, steps)
     else:
