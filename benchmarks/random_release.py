@@ -136,7 +136,8 @@ def _weights(part: Part, name: str, dtype: str, seed: int, progress: bool) -> No
     rules = names.rules(part.module, part.config)
     shapes = convert.torch_shapes(part, rules)
     leaf = {n: r.path for r in rules for n in r.names}
-    layout = convert.default_layout(part, {n: (dtype, shapes[n]) for n in sorted(shapes)})
+    limit = 4e9 if name == "qwen2_5_vl" else None  # which gives five shards, as released
+    layout = convert.default_layout(part, {n: (dtype, shapes[n]) for n in sorted(shapes)}, limit)
     total = sum(torch_files.nbytes(dtype, s) for s in shapes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
         for file, held in layout.files.items():

@@ -133,6 +133,7 @@ def test_the_package_never_imports_torch():
             "for name in ('torch', 'diffusers', 'accelerate', 'safetensors'):\n"
             "    sys.modules[name] = None\n"
             "import unipic_jax.cli, unipic_jax.pipelines.edit, unipic_jax.convert.convert\n"
+            "import unipic_jax.pipelines.describe\n"
             "from unipic_jax.cli import main\n"
             "raise SystemExit(main(['generate']))\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

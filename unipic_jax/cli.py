@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
                      help="the picture; several are shown in order")
     sub.add_argument("--prompt", required=True, action="append",
                      help="the question; several are a conversation")
+    sub.add_argument("--max-pixels", type=int, default=argparse.SUPPRESS, help="shrink pictures "
+                     "that have more (default: as preprocessor_config.json has it)")
     sub.add_argument("--max-new-tokens", type=int, default=512, help="of an answer")
     sub.add_argument("--temperature", type=float, default=0.0,
                      help="of the draw of each token; at 0 the likeliest is taken")
@@ -235,6 +237,8 @@ def _describe(args):
     shown = [{"type": "image", "image": images.open_picture(path)} for path in args.image]
     part = describe.open_model(load.find(args.mllm))
     chat = qwen_chat.open_chat(part.folder)
+    if hasattr(args, "max_pixels"):
+        chat = qwen_chat.limited(chat, args.max_pixels)
     params = load.read(part, dtype)
     messages = []
     for prompt in args.prompt:

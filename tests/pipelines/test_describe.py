@@ -108,6 +108,9 @@ def test_a_row_is_the_same_alone_and_shown_as_it_grows(model, conversations):
             assert all(answer.tokens[:len(s[row].tokens)] == s[row].tokens for s in shown)
         alone, = describe.describe(*model, conversations[:1], options)
         assert alone == whole[0]
+    programs = describe.decode._cache_size()
+    describe.describe(*model, conversations, options, shown.append)
+    assert describe.decode._cache_size() == programs
 
 
 def test_the_text_is_the_answer_alone(model, conversations):

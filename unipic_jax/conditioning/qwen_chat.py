@@ -92,6 +92,13 @@ def _read_generation(folder: Path) -> tuple[tuple[int, ...], float]:
     return tuple(np.atleast_1d(np.array(ends, int)).tolist()), float(penalty)
 
 
+def limited(chat: Chat, pixels: int) -> Chat:
+    """The chat with pictures shrunk to at most so many pixels; InputError for less than it may."""
+    if pixels < chat.images.min_pixels:
+        raise InputError(f"--max-pixels must be at least {chat.images.min_pixels}")
+    return dataclasses.replace(chat, images=dataclasses.replace(chat.images, max_pixels=pixels))
+
+
 def render(chat: Chat, conversation: Conversation) -> str:
     """The text of a conversation, up to where the next answer begins; one `<|image_pad|>` stands
     for each picture."""

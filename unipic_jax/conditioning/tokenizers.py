@@ -1,6 +1,7 @@
 """Tokenizers of model folders."""
 
 import functools
+import os
 from pathlib import Path
 
 from unipic_jax.core.errors import InputError
@@ -14,6 +15,7 @@ def open_tokenizer(folder: Path):
 
     Raises InputError where it is missing or cannot be opened.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not folder.is_dir():

@@ -218,14 +218,16 @@ def _layout(part: Part, tensors: dict[str, tuple[str, tuple]]) -> Layout:
     return default_layout(part, tensors)
 
 
-def default_layout(part: Part, tensors: dict[str, tuple[str, tuple]]) -> Layout:
-    """One file, or shards where the library that reads it would save shards, in this order."""
+def default_layout(
+    part: Part, tensors: dict[str, tuple[str, tuple]], shard_bytes: float | None = None
+) -> Layout:
+    """One file, or shards in this order: by default where the library that reads it would."""
     diffusers = "_class_name" in read_json(config_file(part.folder))
     stem = "diffusion_pytorch_model" if diffusers else "model"
-    shards, size = [{}], 0
+    limit, shards, size = shard_bytes or SHARD_BYTES[stem], [{}], 0
     for name, (dtype, shape) in tensors.items():
         n = torch_files.nbytes(dtype, shape)
-        if shards[-1] and size + n > SHARD_BYTES[stem]:
+        if shards[-1] and size + n > limit:
             shards.append({})
             size = 0
         shards[-1][name], size = dtype, size + n

@@ -103,7 +103,8 @@ def describe(
     until = N if show is None else 1  # to 1 is no step: the program is compiled before the display
     while True:
         state = decode(cfg, params, state, sampling, until)
-        tokens, count, done = jax.device_get((state.tokens, state.count, state.done))
+        tokens, done = jax.device_get((state.tokens, state.done))
+        count = int(state.count)
         answers = [_answer(chat, row[:count]) for row in tokens]
         if show is not None:
             show(answers)

@@ -71,8 +71,8 @@ def open_model(
     """The parts that Kontext needs or, with the language model's folder `mllm`, MetaQuery; their
     parameters kept in memory between calls or not.
 
-    The conditioner is taken from the model's folder unless it has one of its own. Raises
-    InputError where a part is missing, is not supported or does not fit the others.
+    `conditioner` is its folder or one that holds it, as the model's may. Raises InputError where
+    a part is missing, is not supported or does not fit the others.
     """
     if mllm is None:
         if conditioner:
@@ -80,8 +80,11 @@ def open_model(
         if config_file(folder / "conditioner") and not config_file(folder / kontext.CLIP[0]):
             raise InputError(f"{folder} is a MetaQuery model; give its language model by --mllm")
         return Parts(folder, (*REQUIRED, *kontext.CLIP), optional=(kontext.T5,), keep=keep)
-    parts = Parts(folder, REQUIRED, elsewhere={
-        "mllm": mllm, "conditioner": conditioner or folder / "conditioner"}, keep=keep)
+    conditioner = conditioner or folder
+    if not config_file(conditioner):
+        conditioner /= "conditioner"
+    parts = Parts(folder, REQUIRED, elsewhere={"mllm": mllm, "conditioner": conditioner},
+                  keep=keep)
     metaquery.check(parts)
     return parts
 
@@ -138,7 +141,7 @@ def encode_prompts(
     pictures: Sequence[Image.Image] | None = None,
 ) -> Conditions:
     """The conditions of prompts, and of the picture that each one edits, in the order of the
-    pictures drawn. Without a picture, the language model sees a black one, as in MetaQuery."""
+    pictures drawn. In the blank ones a language model sees a black picture, as in MetaQuery."""
     if pictures is not None and options.image_guidance_scale is not None:
         kinds = 3
     else:
