@@ -21,7 +21,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12",
         "orbax-checkpoint>=0.12.8",
-        "transformers>=4.55",
+        "transformers>=5",
         "huggingface_hub",
         "jinja2",
         "ml_dtypes",

@@ -215,6 +215,7 @@ def compare(case: str, dtype: str, turns: int) -> dict:
     for side in ("jax", "torch"):
         pipes[side], other = context.Pipe()
         context.Process(target=serve, args=(side, case, dtype, other), daemon=True).start()
+        other.close()  # so that a process that fails is the end, not a wait
         results[side] = pipes[side].recv()
     seconds = {side: [] for side in pipes}
     for _ in range(turns):

@@ -119,10 +119,10 @@ def torch_side(case: str, kind):
     states, cache = prefill()
 
     def tokens():
-        cache.crop(PROMPT)
         last = states[:, -1:]
         for i in range(NEW):
             last = layers(last, PROMPT + i, cache)
+        cache.crop(-NEW)  # as it was, for the next turn
         return last.float().numpy()
 
     return tokens

@@ -24,7 +24,7 @@ def encoded(parts, meta):
     return ids, kontext.encode(parts, lambda n: parts.load(n, jnp.float32), ids, jnp.float32)
 
 
-@pytest.mark.parametrize(("row", "name"), enumerate(["prompt", "negative", "empty"]))
+@pytest.mark.parametrize(("row", "name"), [(0, "prompt"), (1, "negative"), (2, "empty")])
 def test_ids_context_and_pooled_equal_golden(row, name, encoded, golden):
     ids, conditions = encoded
     for i, encoder in enumerate(kontext.LENGTHS, 1):
