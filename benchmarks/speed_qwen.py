@@ -41,7 +41,8 @@ def jax_side(case: str, kind):
     if case == "vision":
         pictures = vision.pack(cfg.vision, [(normal(0, 1296, 1176), GRID)])
         run = jax.jit(lambda p, x: vision.apply(cfg.vision, p, x, kind))
-        return lambda: np.asarray(run(tree["vision"], pictures), np.float32)[0]
+        tokens = GRID.prod() // 4  # the rest is padding
+        return lambda: np.asarray(run(tree["vision"], pictures), np.float32)[0, :tokens]
 
     length = PROMPT + NEW
     places = jnp.broadcast_to(jnp.arange(length), (3, 1, length))
