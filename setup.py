@@ -31,7 +31,7 @@ setup(
     ],
     extras_require={
         # The PyTorch code that the results are compared with; nothing else imports it.
-        "test": ["torch==2.13.0", "diffusers>=0.35.1", "accelerate", "safetensors", "scipy",
+        "test": ["torch==2.13.0", "diffusers>=0.35.1", "accelerate", "safetensors",
                  "optax", "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["unipic=unipic_jax.cli:main"]},
