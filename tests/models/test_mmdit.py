@@ -92,7 +92,7 @@ def test_gradients_equal_diffusers(small):
     weights = np.random.default_rng(0).normal(size=(2, 6, 10, 4)).astype(np.float32)
 
     def loss(params, x):
-        return jnp.sum(mmdit.apply(cfg, params, **x, remat=True) * weights)
+        return jnp.sum(mmdit.apply(cfg, params, **x, remat="attention") * weights)
 
     grads, x_grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
     leaves = {k: torch.tensor(np.asarray(v), requires_grad=True) for k, v in x.items()}

@@ -52,7 +52,7 @@ def test_full_size_lowers_for_64_tpus(sizes):
 
     def run(weights, mine, inputs):
         return metaquery.apply(FULL, CONNECTOR, weights, mine, inputs, dtype=jnp.bfloat16,
-                               remat=True)
+                               remat="attention")
 
     def loss(mine, weights, inputs):
         return sum(jnp.mean(a.astype(jnp.float32) ** 2)

@@ -82,7 +82,7 @@ def test_full_size_lowers_for_64_tpus(sizes):
          spread(B, 64, 64, 16))
 
     def loss(weights, *x):
-        return jnp.mean(mmdit.apply(FULL, weights, *x, remat=True).astype(jnp.float32) ** 2)
+        return jnp.mean(mmdit.apply(FULL, weights, *x, remat="attention").astype(jnp.float32) ** 2)
 
     with jax.sharding.use_abstract_mesh(m):
         out = jax.eval_shape(lambda w, *x: mmdit.apply(FULL, w, *x), weights, *x)

@@ -85,11 +85,11 @@ def prepare(
 
 def query_states(
     cfg: qwen.Config, params: Tree, queries: jax.Array, inputs: Inputs, *, dtype=jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Qwen's normalized final states [B, Q, D] at the queries [Q, D] after each prompt.
 
-    `remat` recomputes its layers in the gradient.
+    `remat` is what the gradient computes again of its layers (`core.remat`).
     """
     x = qwen.embed(cfg, params, inputs.ids, inputs.pictures, dtype)
     queries = meshes.replicate(queries.astype(dtype))
@@ -101,13 +101,13 @@ def query_states(
 
 def apply(
     qwen_cfg: qwen.Config, cfg: connector.Config, qwen_params: Tree, params: Tree, inputs: Inputs,
-    *, dtype=jnp.float32, remat: bool = False,
+    *, dtype=jnp.float32, remat: str = "none",
 ) -> dict[str, jax.Array]:
     """`Inputs` -> {"context": [B, Q, joint_attention_dim], "pooled": [B, pooled_projection_dim]},
     by Qwen's parameters and the conditioner's, which are the queries and the connector."""
     states = query_states(qwen_cfg, qwen_params, params["queries"], inputs, dtype=dtype,
                           remat=remat)
-    context, pooled = connector.apply(cfg, params, states)
+    context, pooled = connector.apply(cfg, params, states, remat=remat)
     return {"context": context, "pooled": pooled}
 
 

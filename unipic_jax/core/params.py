@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from unipic_jax.core import mesh as meshes
 
@@ -19,11 +20,15 @@ Tree = Any  # nested dicts with one kind of leaf
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A weight: its shape, the role of each axis (see `core.mesh.RULES`) and its initializer."""
+    """A weight: its shape, the role of each axis (see `core.mesh.RULES`) and its initializer.
+
+    A buffer is stored with the weights and never trained.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable = jax.nn.initializers.zeros
+    buffer: bool = False
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -87,6 +92,20 @@ def shardings(specs: Tree, mesh) -> Tree:
     """The `NamedSharding` of each parameter on `mesh`."""
     return jax.tree.map(
         lambda s: meshes.sharding(mesh, s.shape, s.axes), specs, is_leaf=is_spec)
+
+
+def split_buffers(specs: Tree, tree: Tree) -> tuple[Tree, Tree]:
+    """What trains of a tree with the structure of `specs`, and its buffers."""
+    kinds = traverse_util.flatten_dict(specs, is_leaf=lambda _, s: is_spec(s))
+    leaves = traverse_util.flatten_dict(tree, is_leaf=lambda _, s: is_spec(s))
+    sides = ({p: a for p, a in leaves.items() if kinds[p].buffer == side} for side in (False, True))
+    return tuple(map(traverse_util.unflatten_dict, sides))
+
+
+def union(a: Tree, b: Tree) -> Tree:
+    """The leaves of two trees that share none, as one tree."""
+    return traverse_util.unflatten_dict(
+        traverse_util.flatten_dict(a) | traverse_util.flatten_dict(b))
 
 
 def count(specs: Tree) -> int:

@@ -10,8 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from unipic_jax.core import config, ops
+from unipic_jax.core import remat as remats
 from unipic_jax.core.attention import attention
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Spec, Tree, linear, norm, stack
@@ -58,19 +60,22 @@ def specs(cfg: Config) -> Tree:
     }
 
 
-def apply(cfg: Config, params: Tree, states: jax.Array):
+def apply(cfg: Config, params: Tree, states: jax.Array, *, remat: str = "none"):
     """The language model's states at the queries [B, S, llm_hidden_size] -> (context
-    [B, S, joint_attention_dim], pooled [B, pooled_projection_dim]), in the type of the states."""
+    [B, S, joint_attention_dim], pooled [B, pooled_projection_dim]), in the type of the states.
+
+    `remat` is what the gradient computes again of each layer (`core.remat`)."""
     B, S, _ = states.shape
     x = ops.linear(params["project_in"], states)
 
     def layer(x, p):
         y = ops.layer_norm(x, p["norm1"], eps=cfg.layer_norm_eps)
         q, k, v = (ops.linear(p[n], y).reshape(B, S, cfg.num_attention_heads, -1) for n in "qkv")
-        x = x + ops.linear(p["out"], attention(q, k, v).reshape(B, S, -1))
+        y = checkpoint_name(attention(q, k, v).reshape(B, S, -1), "attention")
+        x = x + ops.linear(p["out"], y)
         y = ops.linear(p["up"], ops.layer_norm(x, p["norm2"], eps=cfg.layer_norm_eps))
         return x + ops.linear(p["down"], jax.nn.gelu(y, approximate=True)), None
 
-    x, _ = lax.scan(layer, x, params["layers"])
+    x, _ = lax.scan(remats.remat(layer, remat), x, params["layers"])
     mean = jnp.mean(x.astype(jnp.float32), 1).astype(x.dtype)
     return ops.linear(params["context"], x), ops.linear(params["pooled"], mean)

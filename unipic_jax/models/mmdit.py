@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from unipic_jax.core import config, ops
+from unipic_jax.core import remat as remats
 from unipic_jax.core.attention import attention
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Spec, Tree, linear, norm, stack
@@ -109,7 +110,8 @@ def specs(cfg: Config) -> Tree:
     tree = {
         "patch": {"kernel": Spec((P, P, C, D), (None, None, None, "embed"), _patch_init),
                   "bias": Spec((D,), (None,))},
-        "positions": Spec((cfg.pos_embed_max_size**2, D), (None, "embed"), _sincos(cfg)),
+        "positions": Spec((cfg.pos_embed_max_size**2, D), (None, "embed"), _sincos(cfg),
+                          buffer=True),
         "time_in": linear(TIME_WIDTH, D, (None, "embed"), init=glorot),
         "time_out": linear(D, D, ("embed", None), init=glorot),
         "pooled_in": linear(cfg.pooled_projection_dim, D, (None, "embed"), init=glorot),
@@ -152,13 +154,13 @@ def _sincos(cfg: Config):
 def apply(
     cfg: Config, params: Tree, latents: jax.Array, timestep: jax.Array, context: jax.Array,
     pooled: jax.Array, reference: jax.Array | None = None, *,
-    skip_layers: tuple[int, ...] = (), remat: bool = False, dtype=None,
+    skip_layers: tuple[int, ...] = (), remat: str = "none", dtype=None,
 ) -> jax.Array:
     """The velocity of the flow at `latents`.
 
     latents, reference [B, h, w, C]; timestep [B] in [0, 1000]; context [B, S, joint_attention_dim];
     pooled [B, pooled_projection_dim]. Blocks in `skip_layers` are left out (skip-layer guidance).
-    `remat` recomputes each block in the gradient, keeping the attention's outputs. Computed in
+    `remat` is what the gradient computes again of each block (`core.remat`). Computed in
     `dtype` (by default that of the latents); returns [B, h, w, out_channels] in that type.
     Raises ValueError where the reference has another shape than the latents, or where they have
     more tokens a side than the position table.
@@ -195,13 +197,8 @@ def apply(
     return ops.reshape(x.transpose(0, 1, 3, 2, 4, 5), B, h, w, cfg.out_channels)
 
 
-def _scanned(cfg, c, kind, remat, skips):
-    def run(p, x, text):
-        return _block(cfg, p, c, x, text)
-
-    if remat:
-        run = jax.checkpoint(run, prevent_cse=False,
-                             policy=jax.checkpoint_policies.save_only_these_names("attention"))
+def _scanned(cfg, c, kind, policy, skips):
+    run = remats.remat(lambda p, x, text: _block(cfg, p, c, x, text), policy)
 
     def body(carry, layer):
         p, keep = layer

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core import ops
+from unipic_jax.core import remat as remats
 from unipic_jax.core.attention import attention
 from unipic_jax.core.params import Tree
 from unipic_jax.models.qwen2_5_vl import rope
@@ -33,14 +34,14 @@ def new_cache(cfg: Config, x: jax.Array, length: int) -> Tree:
 
 def apply(
     cfg: Config, params: Tree, x: jax.Array, positions: jax.Array, mask: jax.Array,
-    cache: Tree | None = None, *, remat: bool = False,
+    cache: Tree | None = None, *, remat: str = "none",
 ) -> tuple[jax.Array, Tree | None]:
     """Embeddings x [B, S, D] at positions [3, B, S] -> (normalized final states [B, S, D], cache).
 
     A token attends to those up to itself that `mask` [B, S] holds real. With a cache the S tokens
     are those from its index on, and `mask` [B, length] is of all its places; the cache that comes
-    back has them, and the caller sees that they fit. `remat` recomputes each layer in the
-    gradient, keeping the attention's outputs. Raises ValueError where the mask has another length.
+    back has them, and the caller sees that they fit. `remat` is what the gradient computes again
+    of each layer (`core.remat`). Raises ValueError where the mask has another length.
     """
     B, S, _ = x.shape
     length = S if cache is None else cache["k"].shape[2]
@@ -67,9 +68,7 @@ def apply(
         y = jax.nn.silu(ops.linear(p["gate"], y)) * ops.linear(p["up"], y)
         return (x + ops.linear(p["down"], y), kv), None
 
-    if remat:
-        layer = jax.checkpoint(layer, prevent_cse=False,
-                               policy=jax.checkpoint_policies.save_only_these_names("attention"))
+    layer = remats.remat(layer, remat)
     (x, kv), _ = lax.scan(layer, (x, kv), (params["layers"], jnp.arange(cfg.num_hidden_layers)))
     x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps)
     return x, None if kv is None else {"k": kv[0], "v": kv[1], "index": index + S}
