@@ -113,6 +113,7 @@ def test_velocity_loss_is_zero_at_the_answer_and_exact_elsewhere():
         np.testing.assert_allclose(x, (1 - s) * x0 + s * noise, rtol=1e-6)
         return noise - x0
 
-    assert velocity_loss(truth, x0, noise, sigma) == 0
+    np.testing.assert_array_equal(velocity_loss(truth, x0, noise, sigma), 0)
     off = velocity_loss(lambda x, sigma: (noise - x0 + 0.5).astype(jnp.float32), x0, noise, sigma)
+    assert off.shape == (3,)
     np.testing.assert_allclose(off, 0.25, rtol=1e-5)

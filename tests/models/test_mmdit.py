@@ -131,7 +131,7 @@ def test_three_training_steps_equal_golden(golden, meta, kontext):
     def step(params, state):
         def loss(params):
             return velocity_loss(velocity(cfg, params, g), last(g["x0"]), last(g["noise"]),
-                                 g["sigma"])
+                                 g["sigma"]).mean()
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(grads, state, params)
         return value, grads, optax.apply_updates(params, updates), state

@@ -177,7 +177,7 @@ def test_training_leaves_the_language_model_as_it_was(parts, source):
                                         trained["conditioner"], inputs)
             return velocity_loss(lambda x, sigma: mmdit.apply(
                 cfgs["transformer"], trained["transformer"], x, 1000 * sigma, **condition),
-                x0, noise, jnp.array([0.6]))
+                x0, noise, jnp.array([0.6])).mean()
         updates, _ = optimizer.update(jax.grad(loss)(trained), optimizer.init(trained))
         return optax.apply_updates(trained, updates)
 

@@ -53,14 +53,15 @@ def check(parts: Mapping[str, Part]) -> None:
 def prepare(
     chat: qwen_chat.Chat, cfg: qwen.Config, num_queries: int, prompts: Sequence[str],
     pictures: Sequence[Image.Image] | None = None, *, three_axis_rope: bool = False,
-    newline: bool = False,
+    newline: bool = False, length: int | None = None,
 ) -> Inputs:
     """Prompts to draw from or, with a picture each (all of the size the edit works at), to edit
     by. On the host.
 
     A picture is shown to Qwen at 28/32 of each side, so that a token stands for 32 pixels. The
     released code gives its tokens positions as if they were text, and begins the prompt right
-    after it; `three_axis_rope` and `newline` do what Qwen was trained with.
+    after it; `three_axis_rope` and `newline` do what Qwen was trained with. `length` is S, by
+    default what the longest prompt needs.
     """
     if pictures is None:
         chats = [[{"role": "user", "content": PREFIX + text}] for text in prompts]
@@ -73,7 +74,7 @@ def prepare(
         width, height = pictures[0].size
         pixels = int(height * 28 / 32 * width * 28 / 32)
         images = dataclasses.replace(chat.images, min_pixels=pixels, max_pixels=pixels)
-    ids, mask, grids, packed = qwen_chat.read(chat, cfg, chats, images)
+    ids, mask, grids, packed = qwen_chat.read(chat, cfg, chats, images, length)
     mask = np.pad(mask, ((0, 0), (0, num_queries)), constant_values=True)
     if three_axis_rope:
         longer = np.pad(ids, ((0, 0), (0, num_queries)))

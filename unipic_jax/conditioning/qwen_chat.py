@@ -115,12 +115,13 @@ def _without_pictures(content):
 
 def read(
     chat: Chat, cfg: Config, conversations: Sequence[Conversation],
-    images: qwen_images.Config | None = None,
+    images: qwen_images.Config | None = None, length: int | None = None,
 ) -> Prompts:
     """Conversations -> `Prompts`, in one of few shapes, so that few programs are compiled.
 
-    `images` is what the pictures are prepared by, in place of the chat's own. Raises InputError
-    where a text itself has `<|image_pad|>`, or for a picture that is too narrow.
+    `images` is what the pictures are prepared by, in place of the chat's own; `length` is S, by
+    default what the longest needs. Raises InputError where a text itself has `<|image_pad|>`, for
+    a picture that is too narrow, or for a conversation that is longer than `length`.
     """
     rows, ids = [], []
     for conversation in conversations:
@@ -136,7 +137,10 @@ def read(
         counts = np.ones(len(row), int)
         counts[is_image] = grid.prod(1) // cfg.vision.spatial_merge_size**2
         ids.append(np.repeat(row, counts))
-    S = bucket(max(map(len, ids)), TOKENS)
+    longest = max(map(len, ids))
+    if length is not None and longest > length:
+        raise InputError(f"a conversation has {longest} tokens, more than {length}")
+    S = length or bucket(longest, TOKENS)
     mask = np.arange(S) < np.array([len(row) for row in ids])[:, None]
     ids = np.stack([np.pad(row, (0, S - len(row))) for row in ids])
     grids = [grid for _, grid in rows]

@@ -6,6 +6,8 @@ and whose grid is then shifted again.
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unipic_jax.core import config
@@ -30,9 +32,17 @@ class Config:
                      "time_shift_type"))
 
 
-def shifted(cfg: Config, u: np.ndarray) -> np.ndarray:
+def shifted(cfg: Config, u):
     """s u / (1 + (s - 1) u): times moved towards the noise (Stable Diffusion 3, section 5.3.2)."""
     return cfg.shift * u / (1 + (cfg.shift - 1) * u)
+
+
+def draw(cfg: Config, keys: jax.Array) -> jax.Array:
+    """A noise level float32 [B] in (0, 1] for each key [B]: one of the `num_train_timesteps`
+    levels of the scheduler, all as likely (the "none" weighting of diffusers' training code)."""
+    T = cfg.num_train_timesteps
+    index = jax.vmap(lambda key: jax.random.randint(key, (), 1, T + 1))(keys)
+    return shifted(cfg, index.astype(jnp.float32) / T)
 
 
 def sigmas(cfg: Config, steps: int) -> np.ndarray:

@@ -1,0 +1,121 @@
+"""Examples to the arrays of a batch, on the host; every array has a leading axis of samples.
+
+A batch is {"target": uint8 [B, H, W, 3], "source": the same (edits), "prompt": ...} or, for
+questions, {"prompt": ..., "answers": bool [B, S]}. A prompt is token ids by text encoder, or a
+chat: {"ids" [B, S], "mask" [B, S + Q], "positions" [B, 3, S + Q], "pictures": the fields of
+`vision.Pictures`}.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unipic_jax.conditioning import kontext as clips
+from unipic_jax.conditioning import metaquery as queries
+from unipic_jax.conditioning import qwen_chat
+from unipic_jax.core.errors import InputError
+from unipic_jax.data.records import Example
+from unipic_jax.models import qwen2_5_vl as qwen
+from unipic_jax.models.qwen2_5_vl import rope
+
+Examples = Sequence[Example]
+
+
+def pictures(examples: Examples) -> dict:
+    """The pictures alone."""
+    batch = {"target": np.stack([e.target for e in examples])}
+    if examples[0].source is not None:
+        batch["source"] = np.stack([e.source for e in examples])
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Kontext:
+    """Prompts for the text encoders of a model folder."""
+
+    folder: Path
+    encoders: tuple[str, ...]
+
+    def __call__(self, examples: Examples) -> dict:
+        texts = [e.text for e in examples]
+        return pictures(examples) | {
+            "prompt": {n: clips.tokenize(self.folder, n, texts) for n in self.encoders}}
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaQuery:
+    """Prompts for a language model with queries after them.
+
+    Texts are cut to `text_tokens`, so that all batches of one size of picture have one shape.
+    """
+
+    mllm: Path
+    cfg: qwen.Config
+    num_queries: int
+    text_tokens: int
+    three_axis_rope: bool
+    newline: bool
+
+    def __call__(self, examples: Examples) -> dict:
+        chat = qwen_chat.open_chat(self.mllm)
+        shown = None
+        if examples[0].source is not None:
+            shown = [Image.fromarray(e.source) for e in examples]
+        texts = [_cut(chat, e.text, self.text_tokens) for e in examples]
+        style = dict(three_axis_rope=self.three_axis_rope, newline=self.newline)
+        bare = queries.prepare(chat, self.cfg, 0, [""], shown and shown[:1], **style)
+        inputs = queries.prepare(chat, self.cfg, self.num_queries, texts, shown, **style,
+                                 length=int(bare.mask.sum()) + self.text_tokens)
+        return pictures(examples) | {"prompt": _chat(inputs)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Questions about pictures with their answers.
+
+    Questions are cut to `text_tokens`; an answer of more raises InputError.
+    """
+
+    mllm: Path
+    cfg: qwen.Config
+    text_tokens: int
+
+    def __call__(self, examples: Examples) -> dict:
+        chat = qwen_chat.open_chat(self.mllm)
+        end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        chats = [[{"role": "user", "content": [
+            {"type": "image", "image": Image.fromarray(e.source)},
+            {"type": "text", "text": _cut(chat, e.text, self.text_tokens)}]}] for e in examples]
+        bare = [[{"role": "user", "content": [
+            chats[0][0]["content"][0], {"type": "text", "text": ""}]}]]
+        longest = int(qwen_chat.read(chat, self.cfg, bare).mask.sum()) + self.text_tokens
+        asked = qwen_chat.read(chat, self.cfg, chats, length=longest)
+        ids = np.pad(asked.ids, ((0, 0), (0, self.text_tokens + 1)))
+        mask = np.pad(asked.mask, ((0, 0), (0, self.text_tokens + 1)))
+        answers = np.zeros_like(mask)
+        for row, example in enumerate(examples):
+            said = [*chat.tokenizer(example.answer).input_ids, end]
+            if len(said) > self.text_tokens + 1:
+                raise InputError(f"{example.name}: its answer has {len(said) - 1} tokens, more "
+                                 f"than {self.text_tokens}")
+            begin = asked.mask[row].sum()
+            ids[row, begin:begin + len(said)] = said
+            answers[row, begin:begin + len(said)] = True
+        mask |= answers
+        positions, _ = rope.picture_positions(self.cfg, ids, asked.grids, mask)
+        inputs = queries.Inputs(ids, mask, positions, asked.pictures)
+        return {"prompt": _chat(inputs), "answers": answers}
+
+
+def _cut(chat, text, tokens):
+    ids = chat.tokenizer(text).input_ids
+    return text if len(ids) <= tokens else chat.tokenizer.decode(ids[:tokens])
+
+
+def _chat(inputs: queries.Inputs) -> dict:
+    prompt = {"ids": inputs.ids, "mask": inputs.mask,
+              "positions": inputs.positions.swapaxes(0, 1)}
+    return prompt if inputs.pictures is None else prompt | {"pictures": inputs.pictures._asdict()}

@@ -1,0 +1,120 @@
+"""What each stage minimizes, a loss a sample.
+
+Every objective is a function of (parameters by part, batch, keys [B]) that returns the loss of
+each sample [B] and other figures of each sample by name. Batches are those of `train.collate`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unipic_jax.conditioning import kontext, metaquery
+from unipic_jax.core.params import Tree
+from unipic_jax.flow import schedule
+from unipic_jax.flow.loss import velocity_loss
+from unipic_jax.model import Part
+from unipic_jax.models import autoencoder, mmdit
+from unipic_jax.models import qwen2_5_vl as qwen
+from unipic_jax.models.qwen2_5_vl import language
+
+KL_WEIGHT = 1e-6  # of the autoencoder's divergence, a sum over latents (latent diffusion, G.1)
+
+
+def velocity(
+    parts: Mapping[str, Part], params: Tree, batch: dict, keys: jax.Array, *, dtype, remat: str
+):
+    """The velocity loss of "target" uint8 [B, H, W, 3] under "prompt" and, for edits, "source".
+
+    The autoencoder's posteriors are sampled anew each time. Also gives "sigma", the noise levels.
+    """
+    target, source, level, noise = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 4))(keys),
+                                                0, 1)
+    vae, cfg = parts["vae"].config, parts["transformer"].config
+    x0 = latents(vae, params["vae"], batch["target"], target, dtype)
+    condition = conditions(parts, params, batch["prompt"], dtype=dtype, remat=remat)
+    if "source" in batch:
+        condition["reference"] = latents(vae, params["vae"], batch["source"], source, dtype)
+    timing = parts["scheduler"].config
+    sigma = schedule.draw(timing, level)
+
+    def f(x, sigma):
+        timestep = sigma * timing.num_train_timesteps
+        return mmdit.apply(cfg, params["transformer"], x, timestep, **condition, remat=remat,
+                           dtype=dtype)
+
+    loss = velocity_loss(f, x0, normal(noise, x0.shape[1:]), sigma)
+    return loss, {"sigma": sigma}
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal float32 [B, *shape], a sample a key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def to_unit(pictures: jax.Array, dtype) -> jax.Array:
+    """uint8 in [0, 255] to [-1, 1]."""
+    return (pictures.astype(jnp.float32) / 127.5 - 1).astype(dtype)
+
+
+def latents(cfg: autoencoder.Config, params: Tree, pictures: jax.Array, keys, dtype) -> jax.Array:
+    """Pictures uint8 [B, H, W, 3] -> a sample of their scaled latents, float32 [B, h, w, C]."""
+    posterior = autoencoder.encode(cfg, params, to_unit(pictures, dtype))
+    mean, logvar = (a.astype(jnp.float32) for a in (posterior.mean, posterior.logvar))
+    sample = autoencoder.Posterior(mean, logvar).sample(normal(keys, mean.shape[1:]))
+    return jax.lax.stop_gradient(autoencoder.scale(cfg, sample))
+
+
+def conditions(
+    parts: Mapping[str, Part], params: Tree, prompt: dict, *, dtype, remat: str = "none"
+) -> dict[str, jax.Array]:
+    """The transformer's conditions from a collated prompt: MetaQuery's where there is a
+    conditioner, else Kontext's."""
+    if "conditioner" not in parts:
+        return kontext.encode(parts, params.__getitem__, prompt, dtype)
+    return metaquery.apply(parts["mllm"].config, parts["conditioner"].config, params["mllm"],
+                           params["conditioner"], chat_inputs(prompt), dtype=dtype, remat=remat)
+
+
+def chat_inputs(prompt: dict) -> metaquery.Inputs:
+    """A collated chat as `metaquery.Inputs`, whose positions have their axes first."""
+    pictures = prompt.get("pictures")
+    return metaquery.Inputs(prompt["ids"], prompt["mask"], prompt["positions"].swapaxes(0, 1),
+                            pictures and qwen.vision.Pictures(**pictures))
+
+
+def answer(
+    parts: Mapping[str, Part], params: Tree, batch: dict, keys: jax.Array, *, dtype, remat: str
+):
+    """The cross-entropy of "answers" (bool [B, S]: the tokens to be said) in the collated chat
+    "prompt", and "accuracy": 1 where the likeliest token is right at every one of them."""
+    cfg, inputs = parts["mllm"].config, chat_inputs(batch["prompt"])
+    x = qwen.embed(cfg, params["mllm"], inputs.ids, inputs.pictures, dtype)
+    states, _ = language.apply(cfg, params["mllm"], x, inputs.positions, inputs.mask, remat=remat)
+    logits = language.logits(cfg, params["mllm"], states[:, :-1]).astype(jnp.float32)
+    said, tokens = batch["answers"][:, 1:], inputs.ids[:, 1:]
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    wrong = said & (logits.argmax(-1) != tokens)
+    loss = jnp.where(said, each, 0).sum(-1) / jnp.maximum(said.sum(-1), 1)
+    return loss, {"accuracy": 1.0 - wrong.any(-1)}
+
+
+def reconstruction(
+    parts: Mapping[str, Part], params: Tree, batch: dict, keys: jax.Array, *, dtype, remat: str
+):
+    """Mean absolute and squared error of the autoencoder on "target", and its divergence from the
+    standard normal; also the error alone, "absolute"."""
+    cfg = parts["vae"].config
+    x = to_unit(batch["target"], dtype)
+    posterior = autoencoder.encode(cfg, params["vae"], x)
+    mean, logvar = (a.astype(jnp.float32) for a in (posterior.mean, posterior.logvar))
+    z = autoencoder.Posterior(mean, logvar).sample(normal(keys, mean.shape[1:]))
+    out = autoencoder.decode(cfg, params["vae"], z.astype(dtype)).astype(jnp.float32)
+    error = out - x.astype(jnp.float32)
+    absolute, squared = (a.mean((1, 2, 3)) for a in (jnp.abs(error), jnp.square(error)))
+    divergence = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).sum((1, 2, 3))
+    return absolute + squared + KL_WEIGHT * divergence, {"absolute": absolute}
+
+
+OBJECTIVES = {"velocity": velocity, "answer": answer, "reconstruction": reconstruction}

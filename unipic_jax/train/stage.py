@@ -1,0 +1,155 @@
+"""A stage of training from its config: the parts, what of them trains, and how a loss is had.
+
+The config is an `ml_collections.ConfigDict`; `configs/` has one file a stage, and `configs/base.py`
+says what each field means.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from unipic_jax.conditioning import kontext
+from unipic_jax.convert import load
+from unipic_jax.core import lora, params
+from unipic_jax.core.errors import InputError
+from unipic_jax.core.params import Tree
+from unipic_jax.model import Part, read_part
+from unipic_jax.models import mmdit
+from unipic_jax.pipelines import describe, generate
+from unipic_jax.train import collate, objectives
+from unipic_jax.train.step import Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a config comes to."""
+
+    parts: Mapping[str, Part]
+    trained: tuple[str, ...]  # the parts that train
+    combine: Callable[[Tree, Tree], Tree]  # (what trains, what is frozen) -> parameters by part
+    loss: Loss
+    collate: Callable  # examples of one task -> the arrays of a batch
+
+
+def open_stage(config) -> Stage:
+    """The stage that `config` describes; InputError where its parts do not fit together or a
+    field has a value that is not known."""
+    if config.objective not in objectives.OBJECTIVES:
+        raise InputError(f"objective {config.objective!r}: choose from "
+                         f"{', '.join(objectives.OBJECTIVES)}")
+    parts = _open_parts(config)
+    for name in (*config.trained, *config.fresh):
+        if name not in parts:
+            raise InputError(f"{name!r} is not a part of this stage; its parts are "
+                             f"{', '.join(parts)}")
+    if odd := set(config.fresh) - set(config.trained):
+        raise InputError(f"{sorted(odd)[0]!r} is to be initialized anew but does not train")
+    if config.lora.rank:
+        combine = functools.partial(_with_adapters, scale=config.lora.alpha / config.lora.rank)
+    else:
+        combine = _joined
+    objective = functools.partial(objectives.OBJECTIVES[config.objective], parts,
+                                  dtype=jnp.dtype(config.dtype), remat=config.remat)
+
+    def loss(trained, frozen, batch, keys):
+        return objective(combine(trained, frozen), batch, keys)
+
+    return Stage(parts, tuple(config.trained), combine, loss, _collate(config, parts))
+
+
+def _open_parts(config) -> Mapping[str, Part]:
+    if config.objective == "answer":
+        return {"mllm": describe.open_model(load.find(config.mllm))}
+    if config.objective == "reconstruction":
+        return {"vae": read_part(load.find(config.model) / "vae")}
+    return generate.open_model(*(name and load.find(name) for name in (
+        config.model, config.mllm, config.conditioner)))
+
+
+def _collate(config, parts):
+    if config.objective == "reconstruction":
+        return collate.pictures
+    tokens = config.data.text_tokens
+    if config.objective == "answer":
+        return collate.Answers(parts["mllm"].folder, parts["mllm"].config, tokens)
+    if "conditioner" in parts:
+        return collate.MetaQuery(
+            parts["mllm"].folder, parts["mllm"].config, parts["conditioner"].config.num_queries,
+            tokens, config.three_axis_rope, config.newline_after_picture)
+    encoders = tuple(n for n in kontext.LENGTHS if n in parts)
+    return collate.Kontext(load.find(config.model), encoders)
+
+
+def _joined(trained, frozen):
+    return params.union(trained, frozen)
+
+
+def _with_adapters(trained, frozen, scale):
+    return {name: lora.join(tree, trained[name], scale) if name in trained else tree
+            for name, tree in frozen.items()}
+
+
+def parameters(config, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
+    """What trains, in float32, and what is frozen, in the config's type, on the mesh.
+
+    Parts in `fresh` are initialized from the seed; the others are read. Raises InputError where
+    their weights are missing or do not fit.
+    """
+    trained, frozen = {}, {}
+    dtype, key = jnp.dtype(config.dtype), jax.random.key(config.seed)
+    for name, part in stage.parts.items():
+        if not part.has_weights:
+            continue
+        if name not in stage.trained or config.lora.rank:
+            frozen[name] = load.read(part, dtype, mesh)
+        if name not in stage.trained:
+            continue
+        if config.lora.rank:
+            trained[name] = _init(adapter_specs(config, part), _named(key, name), mesh)
+            continue
+        whole = (_init(part.specs, _named(key, name), mesh) if name in config.fresh
+                 else load.read(part, jnp.float32, mesh))
+        trained[name], buffers = params.split_buffers(part.specs, whole)
+        if buffers:
+            frozen[name] = jax.tree.map(lambda a: a.astype(dtype), buffers)
+    return trained, frozen
+
+
+def abstract(config, stage: Stage, mesh) -> tuple[Tree, Tree]:
+    """`parameters` as shapes and shardings, without memory."""
+    trained, frozen = {}, {}
+    dtype = jnp.dtype(config.dtype)
+    for name, part in stage.parts.items():
+        if not part.has_weights:
+            continue
+        if name not in stage.trained or config.lora.rank:
+            frozen[name] = params.abstract(part.specs, dtype, mesh)
+        if name in stage.trained and config.lora.rank:
+            trained[name] = params.abstract(adapter_specs(config, part), jnp.float32, mesh)
+        elif name in stage.trained:
+            own, buffers = params.split_buffers(part.specs, part.specs)
+            trained[name] = params.abstract(own, jnp.float32, mesh)
+            if buffers:
+                frozen[name] = params.abstract(buffers, dtype, mesh)
+    return trained, frozen
+
+
+def adapter_specs(config, part: Part) -> Tree:
+    """The low-rank adapters of a part, at the transformer's usual places unless the config names
+    others."""
+    return lora.specs(part.specs, tuple(config.lora.targets) or mmdit.LORA_TARGETS,
+                      config.lora.rank)
+
+
+def _named(key, name):
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _init(specs, key, mesh):
+    return jax.jit(lambda key: params.init(specs, key),
+                   out_shardings=params.shardings(specs, mesh))(key)
