@@ -10,12 +10,19 @@ from unipic_jax.core import mesh as meshes
 
 
 def linear(p: dict, x: jax.Array) -> jax.Array:
-    """x [..., D_in] @ kernel [D_in, D_out] (+ bias [D_out])."""
-    kernel = meshes.gather(p["kernel"].astype(x.dtype))
+    """x [..., D_in] @ kernel [D_in, D_out] (+ bias [D_out]), and where an adapter is joined
+    (`core.lora`), + x @ lora_a [D_in, r] @ lora_b [r, D_out]."""
+    y = _matmul(x, p["kernel"])
+    if "lora_a" in p:
+        y += _matmul(_matmul(x, p["lora_a"]), p["lora_b"])
+    return y + meshes.gather(p["bias"].astype(x.dtype)) if "bias" in p else y
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    kernel = meshes.gather(kernel.astype(x.dtype))
     xs, ks = meshes.spec_of(x), meshes.spec_of(kernel)
     out = P(*xs[:-1], ks[1]) if xs is not None and xs[-1] is not None else None
-    y = jnp.einsum("...d,df->...f", x, kernel, out_sharding=out)
-    return y + meshes.gather(p["bias"].astype(x.dtype)) if "bias" in p else y
+    return jnp.einsum("...d,df->...f", x, kernel, out_sharding=out)
 
 
 def reshape(x: jax.Array, *shape: int) -> jax.Array:

@@ -21,6 +21,8 @@ from unipic_jax.core.params import Spec, Tree, linear, norm, stack
 
 EPS = 1e-6
 TIME_WIDTH = 256  # sinusoids of the timestep; fixed in the released code
+# What Flow-GRPO adapts: the joint attention of both streams.
+LORA_TARGETS = ("*/image/[qkv]", "*/image/out", "*/text/[qkv]", "*/text/out")
 
 
 @dataclasses.dataclass(frozen=True)
