@@ -5,21 +5,21 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import numpy as np
 
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
+from unipic_jax.core.params import Tree
 
 DEPTH = 2  # batches on the devices at a time, the one in use included
 
 
-def to_device(mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def to_device(mesh, arrays: Tree) -> Tree:
     """The global arrays of which each host gives its rows, their leading axis the batch."""
-    return {k: jax.make_array_from_process_local_data(meshes.batch_sharding(mesh, a.ndim), a)
-            for k, a in arrays.items()}
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(
+        meshes.batch_sharding(mesh, a.ndim), a), arrays)
 
 
-def prefetch(mesh, batches: Iterable) -> Iterator[tuple[str, dict[str, jax.Array]]]:
+def prefetch(mesh, batches: Iterable) -> Iterator[tuple[str, Tree]]:
     """(task, arrays) on the devices, copied while the step before runs."""
     placed = ((task, to_device(mesh, arrays)) for task, arrays in batches)
     waiting = collections.deque(itertools.islice(placed, DEPTH - 1))

@@ -27,7 +27,7 @@ def make_draw(
     sigmas = schedule.sigmas(timing, steps)
 
     def draw(params, batch, negative, keys):
-        B, H, W, _ = batch["target"].shape
+        _, H, W, _ = batch["target"].shape
         x = objectives.normal(keys, (H // vae.factor, W // vae.factor, cfg.in_channels))
         encoded = [objectives.conditions(parts, params, prompt, dtype=dtype)
                    for prompt in (batch["prompt"], negative) if prompt is not None]

@@ -43,9 +43,9 @@ def write(config, stage: Stage, trained: Tree, frozen: Tree, target: Path,
             for name in stage.trained:
                 _write_part(stage.parts[name], whole[name], folders[name], changes.get(name, {}))
                 if adapters:
-                    (partial / "lora").mkdir(exist_ok=True)
+                    (partial / "lora" / name).mkdir(parents=True)
                     peft.export_lora(stage.parts[name], adapters[name], config.lora.alpha,
-                                     config.lora.rank, partial / "lora" / f"{name}.safetensors")
+                                     partial / "lora" / name / peft.FILE)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the model is written")
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ class Stage:
     trained: tuple[str, ...]  # the parts that train
     combine: Callable[[Tree, Tree], Tree]  # (what trains, what is frozen) -> parameters by part
     loss: Loss
-    collate: Callable  # examples of one task -> the arrays of a batch
+    collate: Mapping[str, Callable]  # by task: examples -> the arrays of a batch
 
 
 def open_stage(config) -> Stage:
@@ -67,22 +66,24 @@ def _open_parts(config) -> Mapping[str, Part]:
         return {"mllm": describe.open_model(load.find(config.mllm))}
     if config.objective == "reconstruction":
         return {"vae": read_part(load.find(config.model) / "vae")}
-    return generate.open_model(*(name and load.find(name) for name in (
+    return generate.open_model(*(load.find(name) if name else None for name in (
         config.model, config.mllm, config.conditioner)))
 
 
 def _collate(config, parts):
     if config.objective == "reconstruction":
-        return collate.pictures
+        return {"generate": collate.pictures}
     tokens = config.data.text_tokens
     if config.objective == "answer":
-        return collate.Answers(parts["mllm"].folder, parts["mllm"].config, tokens)
+        return {"describe": collate.Answers(parts["mllm"].folder, parts["mllm"].config, tokens)}
     if "conditioner" in parts:
-        return collate.MetaQuery(
+        prompts = collate.MetaQuery(
             parts["mllm"].folder, parts["mllm"].config, parts["conditioner"].config.num_queries,
             tokens, config.three_axis_rope, config.newline_after_picture)
-    encoders = tuple(n for n in kontext.LENGTHS if n in parts)
-    return collate.Kontext(load.find(config.model), encoders)
+    else:
+        prompts = collate.Kontext(load.find(config.model),
+                                  tuple(n for n in kontext.LENGTHS if n in parts))
+    return dict.fromkeys(("generate", "edit"), prompts)
 
 
 def _joined(trained, frozen):

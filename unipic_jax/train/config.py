@@ -1,0 +1,74 @@
+"""The fields of a stage's config, with what most stages take for them."""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from unipic_jax.core.errors import InputError
+
+
+def defaults() -> ConfigDict:
+    """A config that says what each field means; `configs/` has one file a stage."""
+    return ConfigDict({
+        "objective": "velocity",  # or "answer" (the language model), "reconstruction"
+        "model": "",  # a folder in either layout or hf://owner/name, as `--model`
+        "mllm": "",  # the folder of Qwen2.5-VL: the prompts go through MetaQuery
+        "conditioner": "",  # its folder, where it is not in the model's
+        "trained": (),  # parts by their folders' names; the others are frozen, in `dtype`
+        "fresh": (),  # of these the ones that begin from nothing
+        "lora": {"rank": 0, "alpha": 0.0, "targets": ()},  # rank 0: the weights themselves train
+        "three_axis_rope": False,  # MetaQuery: as `unipic edit` has it, and as released
+        "newline_after_picture": False,
+        "data": {
+            "sources": {},  # by any name: "weight", "kind" and what `data.sources` takes
+            "pixels": 512 * 512,  # of a picture, whatever its shape
+            "ratios": ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16)),
+            "text_tokens": 128,  # of a prompt to the language model; the rest is cut off
+            "caption_dropout": 0.1,  # of captions that become "", for guidance
+            "workers": 8,  # processes that decode pictures; 0 for threads
+        },
+        "batch": 128,  # samples a step, on all devices
+        "micro_batches": 1,  # parts of it whose gradients are summed one after the other
+        "steps": 200_000,
+        "seed": 0,
+        "optimizer": {"learning_rate": 4e-5, "warmup": 0.01, "b1": 0.9, "b2": 0.95, "eps": 1e-8,
+                      "weight_decay": 0.05, "clip": 1.0},
+        "ema": 0.0,  # decay of the parameters' mean, which is then what is saved as the model
+        "dtype": "bfloat16",  # of what is computed, and of what is frozen
+        "save_dtype": "bfloat16",  # of the model that is written at the end
+        "remat": "attention",  # see `core.remat`
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        "log_every": 50,
+        "checkpoint": {"every": 1000, "keep": 2, "keep_every": 0},
+        # Pictures drawn now and then: of so many examples a task. `blocks` scores the model on so
+        # many held-out examples of each kind of the embedded world.
+        "samples": {"every": 5000, "count": 8, "blocks": 0, "steps": 28, "guidance_scale": 3.5},
+        "max_skipped": 10,  # steps in a row that are not finite, after which the run stops
+    })
+
+
+def read(arguments: list[str]) -> ConfigDict:
+    """The config of `--config=FILE [--config.a.b=value ...]`.
+
+    Raises InputError where the file is missing or fails, or a field is not known.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["unipic", *arguments])
+        config = values.config
+    except flags.Error as e:
+        raise InputError(str(e).replace("\n", " ")) from None
+    except (FileNotFoundError, ImportError):
+        raise InputError(f"{' '.join(arguments)}: there is no such config file") from None
+    except Exception as e:  # whatever the file itself raises
+        raise InputError(f"{' '.join(arguments)}: {type(e).__name__}: {e}") from None
+    if config is None:
+        raise InputError("give a config: --config=configs/NAME.py")
+    return config
+
+
+def write(config: ConfigDict, path: Path) -> None:
+    """The config as JSON."""
+    path.write_text(config.to_json_best_effort(indent=1) + "\n", encoding="utf-8")
