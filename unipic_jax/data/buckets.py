@@ -39,7 +39,7 @@ def sizes(area: int, multiple: int, ratios: tuple = RATIOS) -> tuple[Size, ...]:
 def spread(chosen: tuple[Size, ...]) -> float:
     """How much larger the largest of some sizes is than the smallest: 0 where all are equal.
 
-    It is 0.022 for 512 x 512 pixels and multiples of 16, and 0.009 for 1024 x 1024.
+    It is 0.022 for 512 x 512 pixels and multiples of 16, and 0.005 for 1024 x 1024.
     """
     counts = [w * h for w, h in chosen]
     return max(counts) / min(counts) - 1
