@@ -83,7 +83,7 @@ class Checkpoints:
             return False
         self._saving = step
         try:
-            # Orbax takes an empty dictionary for none: one of ours tells a lost file from it.
+            # Under a key, since Orbax reads a lost file as an empty dictionary.
             self._orbax.save_checkpointables_async(
                 step, {"state": state}, force=True, custom_metadata={"extra": extra})
         except OSError as e:
@@ -102,11 +102,12 @@ class Checkpoints:
         for step in reversed(steps):
             with _quiet():
                 found, error = self._read(step, abstract_state)
-                gc.collect()  # asyncio logs what a failed read left behind when it is collected
+                if error:  # asyncio logs what a failed read left behind, when that is collected
+                    gc.collect()
             if _on_all_processes(error is None):
                 break
             log.warning("step %d in %s cannot be read (%s)", step, self.folder,
-                        _line(error) if error else "by another process")
+                        error or "by another process")
             self._unreadable.append(step)
         else:
             found = None
@@ -129,7 +130,7 @@ class Checkpoints:
             self._orbax.close()
 
     def _read(self, step, abstract_state):
-        """((step, state, extra), None), or (None, the error) where the step is not whole."""
+        """((step, state, extra), None), or (None, why not) where the step is not whole."""
         context = ocp.Context()
         # Each process reads its own shards without waiting for the others: a file that only one
         # of them cannot read would leave the others at a barrier.
@@ -151,7 +152,7 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as e:  # Orbax raises many kinds for a step that is not whole
-            return None, e
+            return None, _line(e)
 
     def _set_aside(self):
         """Rename what could not be read, so that its steps can be saved again."""
