@@ -20,7 +20,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or 2 after a line that says what was wrong with the input."""
     try:
-        args = _parser().parse_args(argv)
+        parser = _parser()
+        args, rest = parser.parse_known_args(argv)
+        if rest and args.run is not _train:  # whose config takes any field
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.rest = rest
         return args.run(args) or 0
     except InputError as e:
         print(f"unipic: {e}", file=sys.stderr)
@@ -93,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--save-tokens", type=Path, metavar="F.json",
                      help="write the token ids of the last answer")
 
+    sub = command("train", _train, "Train a stage; the same command goes on where it was stopped.")
+    sub.add_argument("--config", required=True, metavar="F.py", help="the stage, a file of "
+                     "configs/; --config.a.b=VALUE sets a field of it")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="DIR",
+                     help="for checkpoints, metrics, samples and, at the end, model/")
+
     for name, run, text in (("convert", _convert, "A released PyTorch folder to the JAX layout."),
                             ("export", _export, "A folder in the JAX layout to the released one.")):
         sub = command(name, run, text)
@@ -156,17 +166,24 @@ def _options(args):
 
 
 def _start(args):
-    """The type to compute in; programs compiled once are found again by the next run."""
+    """The type to compute in, after the checks that all commands share."""
     import jax
     import jax.numpy as jnp
 
     if not 0 <= args.seed < 2**31:
         raise InputError("--seed must lie between 0 and 2147483647")
+    _keep_programs()
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(getattr(args, "dtype", default))
+
+
+def _keep_programs():
+    """Programs compiled once are found again by the next run."""
+    import jax
+
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "unipic_jax"))
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(getattr(args, "dtype", default))
 
 
 def _array(path: Path | None) -> np.ndarray | None:
@@ -285,6 +302,20 @@ def _write(args, drawn):
             path = path.with_stem(f"{path.stem}-{i}")
         images.save(images.to_picture(picture), path)
         print(f"{path}: {picture.shape[1]}x{picture.shape[0]}")
+
+
+def _train(args):
+    import logging
+
+    from unipic_jax.train import config, loop
+
+    logging.basicConfig(format="unipic: %(message)s", level=logging.INFO)
+    for noisy in ("absl", "jax", "orbax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    settings = config.read([f"--config={args.config}", *args.rest])
+    _keep_programs()
+    if loop.train(settings, args.workdir):
+        print(args.workdir / "model")
 
 
 def _convert(args):

@@ -6,6 +6,8 @@ The batch is spread over `data` and `fsdp`.
 """
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,6 +51,13 @@ def sharding(mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Name
 def batch_sharding(mesh, rank: int) -> NamedSharding:
     """Where an array lies whose leading axis is the batch."""
     return NamedSharding(mesh, P(BATCH, *[None] * (rank - 1)))
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """The whole of a global array, on every process; all of them call it."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def spec_of(x) -> P | None:

@@ -19,6 +19,13 @@ def to_device(mesh, arrays: Tree) -> Tree:
         meshes.batch_sharding(mesh, a.ndim), a), arrays)
 
 
+def local_rows(mesh, arrays: Tree, batch: int) -> Tree:
+    """This host's rows of arrays that every host has whole."""
+    host, hosts = share(mesh, batch)
+    rows = batch // hosts
+    return jax.tree.map(lambda a: a[host * rows:(host + 1) * rows], arrays)
+
+
 def prefetch(mesh, batches: Iterable) -> Iterator[tuple[str, Tree]]:
     """(task, arrays) on the devices, copied while the step before runs."""
     placed = ((task, to_device(mesh, arrays)) for task, arrays in batches)

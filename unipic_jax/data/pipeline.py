@@ -164,7 +164,7 @@ class _Read:
         for offset in range(min(TRIES, len(self.members))):
             record = int(self.members[(position + offset) % len(self.members)])
             try:
-                return _fit(self.source[record], self.size), bad
+                return fit(self.source[record], self.size), bad
             except BadRecord as e:
                 bad[f"{self.source.name}, record {record}"] = str(e)
         place, why = next(iter(bad.items()))
@@ -172,7 +172,7 @@ class _Read:
                          "write the data again")
 
 
-def _fit(example: Example, size: buckets.Size) -> Example:
+def fit(example: Example, size: buckets.Size) -> Example:
     pictures = {k: p for k in ("target", "source") if (p := getattr(example, k)) is not None}
     if all(p.shape[1::-1] == size for p in pictures.values()):
         return example

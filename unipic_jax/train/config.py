@@ -48,6 +48,26 @@ def defaults() -> ConfigDict:
     })
 
 
+def nano(**shares: float) -> ConfigDict:
+    """The defaults for the nano family on the blocks world: a share of the batches for each task,
+    float32, and rates for small models from nothing."""
+    config = defaults()
+    for task, share in shares.items():
+        config.data.sources[task] = {"kind": "blocks", "task": task, "seed": 0,
+                                     "length": 1_000_000, "weight": share}
+    config.data.update({"pixels": 48 * 48, "ratios": ((1, 1),), "text_tokens": 24, "workers": 0})
+    config.batch = 64
+    config.optimizer.update({"learning_rate": 1e-3, "warmup": 0.02, "b2": 0.99})
+    config.ema = 0.999
+    config.dtype = config.save_dtype = "float32"
+    config.remat = "none"
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.log_every = 20
+    config.checkpoint.every = 500
+    config.samples.update({"every": 1000, "steps": 20, "guidance_scale": 2.0, "blocks": 16})
+    return config
+
+
 def read(arguments: list[str]) -> ConfigDict:
     """The config of `--config=FILE [--config.a.b=value ...]`.
 

@@ -89,11 +89,11 @@ class Writer:
         elif self._writes:
             self._line({"step": step} | values)
 
-    def picture(self, step: int, picture: Image.Image) -> None:
-        """Keep a picture as samples/000123.png and in TensorBoard."""
+    def picture(self, step: int, picture: Image.Image, name: str) -> None:
+        """Keep a picture as samples/000123-name.png and in TensorBoard."""
         if self._writes:
-            images.save(picture, self.folder / "samples" / f"{step:06d}.png")
-            self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            images.save(picture, self.folder / "samples" / f"{step:06d}-{name}.png")
+            self._board.add_image(f"samples/{name}", np.asarray(picture), step, dataformats="HWC")
 
     @contextlib.contextmanager
     def paused(self):

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from unipic_jax.conditioning import kontext
 from unipic_jax.convert import convert, peft, store
 from unipic_jax.core import files, lora
+from unipic_jax.core import mesh as meshes
 from unipic_jax.core.config import read_json
 from unipic_jax.core.params import Tree
 from unipic_jax.model import Part, config_file
@@ -35,8 +36,8 @@ def write(config, stage: Stage, trained: Tree, frozen: Tree, target: Path,
             whole[name] = jax.jit(lora.merge, static_argnums=2)(frozen[name], trained[name], scale)
         else:
             whole[name] = stage.combine(trained, frozen)[name]
-        whole[name] = jax.tree.map(lambda a: _on_host(a).astype(dtype), whole[name])
-    adapters = jax.tree.map(_on_host, trained) if config.lora.rank else None
+        whole[name] = jax.tree.map(lambda a: meshes.on_host(a).astype(dtype), whole[name])
+    adapters = jax.tree.map(meshes.on_host, trained) if config.lora.rank else None
     if jax.process_index() == 0:
         with files.new_folder(target) as partial:
             folders = _copy(stage, partial)
@@ -48,13 +49,6 @@ def write(config, stage: Stage, trained: Tree, frozen: Tree, target: Path,
                                      partial / "lora" / name / peft.FILE)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the model is written")
-
-
-def _on_host(a):
-    """A global array as numpy, on every process."""
-    if a.is_fully_addressable:
-        return np.asarray(a)
-    return np.asarray(multihost_utils.process_allgather(a, tiled=True))
 
 
 def _copy(stage: Stage, target: Path) -> dict[str, Path]:

@@ -1,0 +1,16 @@
+"""The nano family's language model, from nothing, on questions about pictures.
+
+    unipic train --config configs/nano/language.py --workdir DIR
+"""
+
+from unipic_jax.train.config import nano
+
+
+def get_config():
+    config = nano(describe=1.0)
+    config.objective = "answer"
+    config.mllm = "configs/nano/model/metaquery/qwen2_5_vl"
+    config.trained = config.fresh = ("mllm",)
+    config.steps = 4000
+    config.optimizer.learning_rate = 1e-3
+    return config

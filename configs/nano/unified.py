@@ -1,0 +1,15 @@
+"""Stage C on nano: the conditioner of stage A and the transformer of stage B, together.
+
+    unipic train --config configs/nano/unified.py --workdir DIR --config.model=KONTEXT/model \
+        --config.mllm=LANGUAGE/model --config.conditioner=ALIGN/model/conditioner
+"""
+
+from unipic_jax.train.config import nano
+
+
+def get_config():
+    config = nano(generate=1.0, edit=1.0)
+    config.trained = ("conditioner", "transformer")
+    config.steps = 2500
+    config.optimizer.learning_rate = 5e-4
+    return config

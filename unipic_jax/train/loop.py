@@ -1,0 +1,146 @@
+"""A whole run of a stage: from a config and a folder to a trained model in it.
+
+The folder holds config.json, `checkpoints/`, metrics.jsonl and TensorBoard's files, `samples/`
+and, at the end, `model/`. The same call goes on where it was stopped.
+"""
+
+import contextlib
+import functools
+import itertools
+import logging
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from unipic_jax.core import mesh as meshes
+from unipic_jax.core.errors import InputError
+from unipic_jax.data import buckets, feed, pipeline, sources
+from unipic_jax.data.records import TASKS, BadRecord, Example
+from unipic_jax.train import config as configs
+from unipic_jax.train import cost, evaluate, metrics, optimizer, output, stage, state, step
+from unipic_jax.train.checkpoint import Checkpoints, stopping
+
+SCALE_BATCHES = 16  # to measure the scale of an autoencoder's latents on
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bool:
+    """Run the stage to its end, or until SIGTERM; whether it came to the end.
+
+    Raises InputError for a config that does not fit, data or weights that cannot be read, a full
+    disk, or where too many steps in a row were not finite.
+    """
+    if (workdir / "model").exists():
+        log.info("%s holds the model already", workdir)
+        return True
+    mesh = meshes.make(**config.mesh)
+    with jax.set_mesh(mesh):
+        return _train(config, workdir, mesh, progress)
+
+
+def _train(config, workdir, mesh, progress) -> bool:
+    here = stage.open_stage(config)
+    data = Data(config, here, mesh)
+    trained, frozen = stage.parameters(config, here, mesh)
+    timing = optimizer.Config(**config.optimizer)
+    update = optimizer.make(timing, config.steps)
+    now = jax.jit(functools.partial(state.new, optimizer=update, ema=bool(config.ema)))(trained)
+    del trained
+    advance = jax.jit(step.make_step(
+        here.loss, update, optimizer.schedule(timing, config.steps),
+        micro_batches=config.micro_batches, ema=config.ema), donate_argnums=0)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
+        first, extra = 0, {"seconds": 0.0}
+        if restored := checkpoints.restore(_abstract(now)):
+            first, now, extra = restored
+            log.info("goes on from step %d", first)
+        if jax.process_index() == 0:
+            configs.write(config, workdir / "config.json")
+        began = time.monotonic() - extra["seconds"]
+        key = jax.random.key(config.seed)
+        batches = feed.prefetch(mesh, data.batches(config.seed, start=first))
+        draw = evaluate.drawer(config, here, mesh) if config.objective == "velocity" else None
+        costs = {}
+        with (stopping() as stop_at,
+              metrics.Writer(workdir, first, config.steps, config.batch, every=config.log_every,
+                             flops=costs, progress=progress) as writer):
+            for k in range(first, config.steps):
+                task, batch = next(batches)
+                if task not in costs:  # buckets differ little
+                    costs[task] = config.batch * cost.per_sample(config, here, batch)
+                now, report = advance(now, frozen, batch, key)
+                last = writer.write(k + 1, report, task)
+                if last and last["skipped_in_row"] >= config.max_skipped:
+                    raise InputError(f"{config.max_skipped} steps in a row before step {k} were "
+                                     "not finite; lower the learning rate, or look at the data")
+                done, stop = k + 1 == config.steps, stop_at(k + 1)
+                checkpoints.save(k + 1, now, {"seconds": time.monotonic() - began,
+                                              "config": config.to_json_best_effort()},
+                                 force=done or stop)
+                if stop and not done:
+                    log.warning("stops at step %d; the same command goes on from there", k + 1)
+                    return False
+                if done or (k + 1) % config.samples.every == 0:
+                    with writer.paused():
+                        evaluate.report(config, here, here.combine(_weights(now), frozen), draw,
+                                        data, writer, k + 1)
+    changes = {}
+    if config.objective == "reconstruction":
+        some = feed.prefetch(mesh, itertools.islice(data.batches(config.seed), SCALE_BATCHES))
+        changes["vae"] = evaluate.latent_scale(here, here.combine(_weights(now), frozen), some)
+    output.write(config, here, _weights(now), frozen, workdir / "model", changes)
+    return True
+
+
+def _weights(now):
+    return now.params if now.ema is None else now.ema
+
+
+def _abstract(tree):
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+class Data:
+    """The data of a stage: its sources, and the sizes of pictures that it is cut to."""
+
+    def __init__(self, config, here: stage.Stage, mesh):
+        self.config, self.here, self.mesh = config, here, mesh
+        self.sources = [
+            (sources.open_source({k: v for k, v in spec.items() if k != "weight"}),
+             spec.get("weight", 1.0)) for spec in config.data.sources.values()]
+        multiple = here.parts["vae"].config.factor if "vae" in here.parts else 1
+        if "transformer" in here.parts:
+            multiple *= here.parts["transformer"].config.patch_size
+        self.sizes = buckets.sizes(config.data.pixels, multiple, config.data.ratios)
+
+    def batches(self, seed: int, start: int = 0) -> pipeline.Batches:
+        """This host's batches from step `start` on."""
+        host, hosts = feed.share(self.mesh, self.config.batch)
+        data = self.config.data
+        return pipeline.batches(
+            self.sources, self.here.collate, batch=self.config.batch, sizes=self.sizes, seed=seed,
+            start=start, host=host, hosts=hosts, caption_dropout=data.caption_dropout,
+            workers=data.workers)
+
+    def tasks(self) -> list[str]:
+        """The tasks of the stage that there are records for."""
+        there = set().union(*(np.unique(source.tasks()) for source, _ in self.sources))
+        return [t for i, t in enumerate(TASKS) if i in there and t in self.here.collate]
+
+    def examples(self, task: str, count: int) -> list[Example]:
+        """The first good ones of a task, all cut to one size."""
+        found = []
+        for source, _ in self.sources:
+            for i in np.flatnonzero(source.tasks()[:count * 8] == TASKS.index(task)):
+                with contextlib.suppress(BadRecord):
+                    found.append(pipeline.fit(source[int(i)], self.sizes[0]))
+                if len(found) == count:
+                    return found
+        return found
