@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from unipic_jax.core.errors import InputError
-from unipic_jax.data import importers, pipeline, shards
+from unipic_jax.data import importers, pipeline, records, shards
 from unipic_jax.data.records import Example, Record
 from unipic_jax.data.sources import InMemory, open_source
 
@@ -164,6 +164,15 @@ def test_write_source_as_shards(tmp_path):
     report = importers.write_source(InMemory("x", EXAMPLES), tmp_path / "to", progress=False)
     assert report == importers.Report(3, 0, [])
     same([shards.Shards(tmp_path / "to")[i] for i in range(3)], EXAMPLES)
+
+
+@pytest.mark.parametrize("task", ["generate", "edit", "describe"])
+def test_blocks_on_demand(tmp_path, task):
+    source = open_source({"kind": "blocks", "task": task, "seed": 0, "length": 9})
+    assert source.tasks().tolist() == [records.TASKS.index(task)] * 9
+    assert source.sizes().tolist() == [[48, 48]] * 9
+    importers.write_source(source, tmp_path / "to", progress=False)
+    same([shards.Shards(tmp_path / "to")[i] for i in range(9)], [source[i] for i in range(9)])
 
 
 def same(found, expected):

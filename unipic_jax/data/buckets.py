@@ -64,4 +64,6 @@ def fit(picture: np.ndarray, size: Size) -> np.ndarray:
     across, down = size[0] * scale, size[1] * scale
     left, top = (width - across) / 2, (height - down) / 2
     box = (left, top, left + across, top + down)
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS, box=box))
+    # What is far larger is first averaged down to twice the size, which is several times faster.
+    return np.asarray(Image.fromarray(picture).resize(
+        size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))

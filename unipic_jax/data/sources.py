@@ -156,7 +156,7 @@ class Tfds:
 
 def _blocks(task: str, seed: int, length: int) -> Procedural:
     from unipic_jax.data import blocks
-    return Procedural(f"blocks/{task}", blocks.source(task, seed, length))
+    return Procedural(f"blocks/{task}", blocks.Source(task, seed, length))
 
 
 KINDS = {"blocks": _blocks, "shards": Shards, "tfds": Tfds}
