@@ -40,18 +40,19 @@ def collate(examples):
             if getattr(examples[0], name) is not None}
 
 
-def speed(source, sizes, workers: int, seconds: float) -> float:
+def speed(source, sizes, workers: int, seconds: float) -> tuple[float, float]:
+    """Examples a second, and a second of this process's processor time."""
     stream = pipeline.batches([(source, 1.0)], {"generate": collate, "edit": collate},
                               batch=BATCH, sizes=sizes, seed=0, workers=workers)
     for _ in range(pipeline.AHEAD + workers + 1):  # what is made ahead while nobody waits
         next(stream)
-    start, steps = time.perf_counter(), 0
+    start, used, steps = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         next(stream)
         steps += 1
-    elapsed = time.perf_counter() - start
+    elapsed, used = time.perf_counter() - start, time.process_time() - used
     stream.close()
-    return BATCH * steps / elapsed
+    return BATCH * steps / elapsed, BATCH * steps / used
 
 
 def cases(folder: Path):
@@ -77,11 +78,13 @@ def main():
     args = parser.parse_args()
     print(f"batches of {BATCH}, {os.cpu_count()} cores, {pipeline.THREADS} threads a process; "
           "examples a second by number of worker processes")
-    print(f"{'':24}{'KB a picture':>14}" + "".join(f"{w:>9}" for w in args.workers))
+    print(f"{'':24}{'KB a picture':>14}" + "".join(f"{w:>9}" for w in args.workers)
+          + "   a second of one core")
     with tempfile.TemporaryDirectory() as folder:
         for name, source, sizes, size in cases(Path(folder)):
-            row = "".join(f"{speed(source, sizes, w, args.seconds):9.0f}" for w in args.workers)
-            print(f"{name:24}{size / 1000:14.0f}{row}", flush=True)
+            found = {w: speed(source, sizes, w, args.seconds) for w in sorted({0, *args.workers})}
+            row = "".join(f"{found[w][0]:9.0f}" for w in args.workers)
+            print(f"{name:24}{size / 1000:14.0f}{row}{found[0][1]:23.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -112,9 +112,11 @@ def test_jsonl_refuses_what_it_cannot_use(tmp_path):
     (tmp_path / "secret.png").write_bytes(picture("png"))
     (tmp_path / "from").mkdir()
     (tmp_path / "from/x.png").write_bytes(picture("png"))
+    (tmp_path / "from/x.gif").write_bytes(picture("gif"))
     lines = ['{"target": "x.png", "text": "good"}', "{", "[1]", '{"target": 3, "text": "a"}',
              '{"target": "../secret.png", "text": "a"}', '{"target": "y.png", "text": "a"}',
-             '{"text": "a"}', '{"target": "x.png", "text": 3}', '{"target": "x\\u0000", "text": 3}']
+             '{"text": "a"}', '{"target": "x.png", "text": 3}', '{"target": "x\\u0000", "text": 3}',
+             '{"target": "x.gif", "text": "a"}']
     (tmp_path / "from/a.jsonl").write_text("\n".join(lines))
     report = importers.import_folder(tmp_path / "from", tmp_path / "to", progress=False)
     assert report.written == 1
@@ -122,7 +124,8 @@ def test_jsonl_refuses_what_it_cannot_use(tmp_path):
             "a.jsonl:2: it is not JSON", "a.jsonl:3: it is not a JSON object",
             "a.jsonl:4: it names a picture by 3", "'../secret.png', outside of its folder",
             "its picture 'y.png' cannot be read: No such file", "neither a target picture nor an",
-            "its text is of type int", "cannot be read"), strict=True):
+            "its text is of type int", "cannot be read",
+            "its target is not a PNG, JPEG or WebP"), strict=True):
         assert why in line
 
 
@@ -218,6 +221,20 @@ def test_tfds_round_trip(tmp_path):
                            ({"features": {"picture": "target"}}, "'picture' is not one of name")):
         with pytest.raises(InputError, match=message):
             open_source(spec | wrong)
+
+
+def test_tfds_with_a_bad_record(tmp_path, caplog):
+    from unipic_jax.data import tfds_builder
+    good = [Record(f"r{i}", "make it", picture(), picture()) for i in range(3)]
+    tfds_builder.write(tmp_path / "to", [*good, Record("bad", "poem", b"a poem")])
+    source = open_source({"kind": "tfds", "name": "unipic_examples", "split": "train",
+                          "data_dir": str(tmp_path / "to")})
+    assert sorted(source.tasks().tolist()) == [1, 1, 1, 255]
+    assert "its picture is not a PNG, JPEG or WebP picture" in caplog.text
+    stream = pipeline.batches([(source, 1.0)], {"generate": shapes, "edit": shapes}, batch=4,
+                              sizes=((32, 16),), seed=0)
+    assert [next(stream)[0] for _ in range(3)] == ["edit"] * 3
+    stream.close()
 
 
 def test_tfds_data_set_of_others(tmp_path):

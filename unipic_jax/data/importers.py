@@ -73,6 +73,9 @@ def _store(entries: Entries, write, total: int | None, progress: bool) -> Report
         for place, read in tqdm(entries, unit=" records", total=total, disable=not progress):
             try:
                 record = read()
+                for what in ("target", "source"):
+                    if getattr(record, what) is not None:
+                        records.size(getattr(record, what), what)  # it is of a known format
                 records.to_example(record)  # it decodes
                 report.written += 1
                 yield record

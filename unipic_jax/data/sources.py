@@ -14,6 +14,7 @@ from unipic_jax.data.records import TASKS, BadRecord, Example, Record
 from unipic_jax.data.shards import Shards
 
 FIELDS = ("name", "target", "source", "text", "answer")
+NO_TASK = 255
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Source(Protocol):
         """Example i as it is stored; BadRecord where it is damaged."""
 
     def tasks(self) -> np.ndarray:
-        """uint8 [N], positions in `TASKS`."""
+        """uint8 [N], positions in `TASKS`; `NO_TASK` for a record that is known to be bad."""
 
     def sizes(self) -> np.ndarray:
         """int32 [N, 2], width and height of the target, or of the picture that is asked about."""
@@ -138,13 +139,15 @@ class Tfds:
     def _index(self):
         log.info("%s: reading %d records for their sizes; import the data set to shards to do so "
                  "once only", self.name, len(self))
-        tasks, sizes = np.zeros(len(self), np.uint8), np.ones((len(self), 2), np.int32)
+        tasks = np.full(len(self), NO_TASK, np.uint8)
+        sizes = np.ones((len(self), 2), np.int32)
         for i in range(len(self)):
             try:
                 record = self.record(i)
-                tasks[i], sizes[i] = TASKS.index(record.task), records.size(record.picture, "")
-            except BadRecord:
-                continue  # it is met, replaced and named when its turn comes
+                sizes[i] = records.size(record.picture, "picture")
+                tasks[i] = TASKS.index(record.task)
+            except BadRecord as e:
+                log.warning("bad record is left out: %s, record %d: %s", self.name, i, e)
         return tasks, sizes
 
     def tasks(self):
