@@ -1,0 +1,95 @@
+"""Captions of GenEval's six kinds, and what a picture has to have to satisfy one."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from unipic_jax.data.blocks.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    GRID,
+    SHAPES,
+    Objects,
+    scatter,
+)
+
+GENERATION_KINDS = ("one_object", "two_objects", "counting", "colours", "position",
+                    "colour_to_object")
+NUMBERS = ("zero", "one", "two", "three", "four")
+RELATIONS = ("to the left of", "to the right of", "above", "below")
+FRAMES = ("{}", "a picture of {}", "an image of {}", "a drawing of {}", "a picture with {}")
+PLURALS = {name: name + ("es" if name == "cross" else "s") for name in SHAPES}
+
+_shapes, _colours, _backgrounds = SHAPES, tuple(COLOURS), tuple(BACKGROUNDS)
+
+
+class Goal(NamedTuple):
+    """What a caption says, of one caption or of a batch; -1 is what it does not say.
+
+    It names one or two sorts of objects, each so many times, and nothing else may be there.
+    """
+
+    shape: np.ndarray  # int32 [..., 2]
+    colour: np.ndarray  # int32 [..., 2]
+    count: np.ndarray  # int32 [..., 2], 0 for a sort that is not there
+    relation: np.ndarray  # int32 [...], of the first to the second; see `related`
+    background: np.ndarray  # int32 [...]
+
+
+def related(relation: int, first: int, second: int) -> bool:
+    """Whether the object in cell `first` stands in RELATIONS[relation] to that in `second`.
+
+    Left and right compare columns alone, above and below compare rows alone.
+    """
+    row = first // GRID - second // GRID
+    column = first % GRID - second % GRID
+    return (column < 0, column > 0, row < 0, row > 0)[relation]
+
+
+def noun(shape: int, colour: int = -1) -> str:
+    """"circle" or "red circle"."""
+    return (_colours[colour] + " " if colour >= 0 else "") + _shapes[shape]
+
+
+def caption(
+    rng: np.random.Generator, kind: str
+) -> tuple[str, Goal, int, list[tuple[int, int]]]:
+    """A caption, its goal, and a background and (shape, colour)s that satisfy it, drawn at random
+    where the caption leaves them open."""
+    first, second = map(int, rng.permutation(len(SHAPES))[:2])
+    shapes, count, said, relation = [first], [1, 0], [-1, -1], -1
+    if kind in ("two_objects", "position", "colour_to_object"):
+        shapes, count = [first, second], [1, 1]
+    if kind in ("colours", "colour_to_object"):
+        said[:len(shapes)] = rng.permutation(len(COLOURS))[:len(shapes)].tolist()
+    phrases = ["a " + noun(s, c) for s, c in zip(shapes, said)]
+    if kind == "counting":
+        count[0] = int(rng.integers(2, len(NUMBERS)))
+        phrases = [f"{NUMBERS[count[0]]} {PLURALS[_shapes[first]]}"]
+        shapes = [first] * count[0]
+    elif kind == "colours" and rng.integers(3) == 0:
+        phrases = [f"a {_shapes[first]} in {_colours[said[0]]}"]
+    text = " and ".join(phrases)
+    if kind == "position":
+        relation = int(rng.integers(len(RELATIONS)))
+        text = f" {RELATIONS[relation]} ".join(phrases)
+
+    colours = rng.integers(len(COLOURS), size=len(shapes)).tolist()
+    if said[0] >= 0:
+        colours = said[:len(shapes)]
+    background, says_background = int(rng.integers(len(BACKGROUNDS))), rng.integers(4) == 0
+    text = FRAMES[rng.integers(len(FRAMES))].format(text)
+    if says_background:
+        text += f" on a {_backgrounds[background]} background"
+    shape = [first, second if count[1] else -1]
+    goal = Goal(*(np.array(x, np.int32) for x in (
+        shape, said, count, relation, background if says_background else -1)))
+    return text, goal, background, list(zip(shapes, colours))
+
+
+def arrange(rng: np.random.Generator, goal: Goal, kinds: list[tuple[int, int]]) -> Objects:
+    """The objects of a caption in cells drawn at random, so that its relation holds."""
+    objects = scatter(rng, kinds)
+    while goal.relation >= 0 and not related(goal.relation, *objects):
+        objects = scatter(rng, kinds)
+    return objects
