@@ -53,6 +53,19 @@ def test_causal_bias_and_scale_equal_pytorch():
         assert relative(a, b) < 2e-6
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 300, 310), (2, 1, 1, 310), (2, 4, 300, 310), (300, 310)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blockwise_masks_as_xla_does(shape, causal):
+    """Values and gradients with grouped queries; some queries may attend nowhere."""
+    args = inputs(300, 310, G=2)
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    (mask if mask.ndim == 2 else mask[0])[..., :1, :] = False
+    both = [ours(*args, mask=jnp.asarray(mask), causal=causal, implementation=i)
+            for i in ("blockwise", "xla")]
+    for a, b in zip(*both):
+        assert relative(a, b) < 2e-6
+
+
 def test_blockwise_survives_large_scores():
     q, k, v, _ = inputs(300, 300)
     out = attention(100 * q, 100 * k, v, implementation="blockwise")
@@ -88,17 +101,33 @@ def test_same_on_a_mesh(implementation):
     assert relative(out, want) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 300, 300), (4, 4, 1, 300), (300, 300)])
+def test_masked_blocks_are_the_same_on_a_mesh(shape):
+    q, k, v, _ = inputs(300, 300, B=4)
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    f = jax.jit(lambda *a: attention(*a[:3], mask=a[3], causal=True, implementation="blockwise"))
+    want = f(q, k, v, mask)
+    m = mesh.make(1, 4, 2)
+    with jax.set_mesh(m):
+        spec = jax.sharding.NamedSharding(m, jax.P(mesh.BATCH, None, "tensor", None))
+        out = f(*(jax.device_put(a, spec) for a in (q, k, v)), mask)
+    assert out.sharding.spec == spec.spec
+    assert relative(out, want) < 1e-6
+
+
 def test_what_cannot_be_done_is_refused():
     q, k, v, _ = inputs(8, 8)
     with pytest.raises(ValueError, match="choose from xla, blockwise, cudnn"):
         attention(q, k, v, implementation="fast")
-    with pytest.raises(ValueError, match="blockwise attention takes"):
-        attention(q, k, v, causal=True, implementation="blockwise")
+    with pytest.raises(ValueError, match="blockwise attention takes no bias"):
+        attention(q, k, v, bias=jnp.zeros((8, 8)), implementation="blockwise")
+    with pytest.raises(ValueError, match="cudnn attention takes no bias, mask or causal"):
+        attention(q, k, v, causal=True, implementation="cudnn")
 
 
 def test_cudnn_is_chosen_on_gpus_in_half_precision(monkeypatch):
     monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
     half, full = (jnp.zeros((1, 512, 2, 64), d) for d in (jnp.bfloat16, jnp.float32))
-    assert module._choose(half, half, plain=True) == "cudnn"
-    assert module._choose(half, half, plain=False) == "xla"
-    assert module._choose(full, full, plain=True) == "xla"
+    assert module._choose(half, half, plain=True, unbiased=True) == "cudnn"
+    assert module._choose(half, half, plain=False, unbiased=True) == "xla"
+    assert module._choose(full, full, plain=True, unbiased=True) == "xla"

@@ -24,35 +24,43 @@ def attention(
     True where a query may attend) broadcast to [B, H, T, S]; a query that may attend nowhere gets
     the mean of v; scale is 1/sqrt(K) unless given. Returns [B, T, H, K] in the type of q.
     `implementation`: "xla" holds all scores; "blockwise" never holds more than those of `BLOCK`
-    queries of a head, in the gradient neither; "cudnn" is NVIDIA's kernel, in half precision.
-    By default the best of them for the platform, the type and the length.
+    queries of a head, in the gradient neither, and takes no bias; "cudnn" is NVIDIA's kernel, in
+    half precision, without bias, mask or causal. By default the best of them for the platform,
+    the type and the length.
     Raises ValueError for an unknown implementation or one that cannot do what is asked.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = bias is None and mask is None and not causal
-    implementation = implementation or _choose(q, k, plain)
+    implementation = implementation or _choose(q, k, plain, bias is None)
     if implementation == "xla":
         f = functools.partial(_xla, causal=causal, scale=scale)
         return f(q, k, v, bias, mask)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r}: choose from "
                          f"{', '.join(IMPLEMENTATIONS)}")
-    if not plain:
-        raise ValueError(f"{implementation} attention takes no bias, mask or causal; use xla")
-    local = functools.partial(_blockwise if implementation == "blockwise" else _cudnn, scale=scale)
+    if bias is not None or (implementation == "cudnn" and not plain):
+        refused = "bias" if implementation == "blockwise" else "bias, mask or causal"
+        raise ValueError(f"{implementation} attention takes no {refused}; use xla")
+    if implementation == "cudnn":
+        local, args = functools.partial(_cudnn, scale=scale), (q, k, v)
+    else:
+        local = functools.partial(_blockwise, causal=causal, scale=scale)
+        args = (q, k, v) if mask is None else (q, k, v, mask[(None,) * (4 - mask.ndim)])
     spec = meshes.spec_of(q)
     if spec is None:
-        return local(q, k, v)
+        return local(*args)
     spec = P(spec[0], None, spec[2], None)  # whole sequences and heads on each device
-    return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec)(
-        *(jax.reshard(a, spec) for a in (q, k, v)))
+    specs = [spec] * 3 + [P(*(n if d > 1 else None for n, d in zip((spec[0], spec[2]), a.shape)),
+                            None, None) for a in args[3:]]
+    return jax.shard_map(local, in_specs=tuple(specs), out_specs=spec)(
+        *(jax.reshard(a, s) for a, s in zip(args, specs)))
 
 
-def _choose(q, k, plain: bool) -> str:
+def _choose(q, k, plain: bool, unbiased: bool) -> str:
     platform = jax.default_backend()
     if plain and platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
-    if plain and platform == "cpu" and q.shape[1] * k.shape[1] > BLOCK * BLOCK:
+    if unbiased and platform == "cpu" and q.shape[1] * k.shape[1] > BLOCK * BLOCK:
         return "blockwise"
     return "xla"
 
@@ -82,28 +90,44 @@ def _grouped(a, G):
     return a.reshape(*a.shape[:-3], G, -1, *a.shape[-2:])
 
 
-def _blockwise(q, k, v, *, scale):
+def _blockwise(q, k, v, mask=None, *, causal, scale):
     B, T, H, K = q.shape
-    G = k.shape[2]
+    S, G = k.shape[1:3]
     blocks = -(-T // BLOCK)
     size = -(-T // blocks)  # equal blocks waste less than a full last one
     q = jnp.pad(q * jnp.asarray(scale, q.dtype), ((0, 0), (0, blocks * size - T), (0, 0), (0, 0)))
     q = q.reshape(B, blocks, size, G, H // G, K).transpose(0, 3, 4, 1, 2, 5)
     q = q.reshape(B * G, H // G * blocks, size, K)
-    k, v = (a.transpose(0, 2, 1, 3).reshape(B * G, -1, K) for a in (k, v))
+    k, v = (a.transpose(0, 2, 1, 3).reshape(B * G, S, K) for a in (k, v))
+    if mask is not None and mask.shape[2] > 1:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, blocks * size - T), (0, 0)))
+
+    def allowed(head, number):
+        """The mask of a block of queries of a group [t, s], or what broadcasts to it."""
+        first = number % blocks * size
+        past = jnp.arange(S) <= first + jnp.arange(size)[:, None] + S - T if causal else None
+        if mask is None:
+            return past
+        rows = min(size, mask.shape[2])
+        at = (head // G % mask.shape[0], (head % G * (H // G) + number // blocks) % mask.shape[1],
+              first if rows > 1 else 0, 0)
+        part = lax.dynamic_slice(mask, at, (1, 1, rows, mask.shape[3]))[0, 0]
+        return part if past is None else part & past
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # the gradient redoes a block's scores
-    def block(q, k, v):
+    def block(q, k, v, head, number):
         scores = jnp.einsum("tk,sk->ts", q, k, preferred_element_type=jnp.float32)
+        if (may := allowed(head, number)) is not None:
+            scores = jnp.where(may, scores, jnp.finfo(jnp.float32).min)
         p = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
         out = jnp.einsum("ts,sk->tk", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / p.sum(-1, keepdims=True)).astype(v.dtype)
 
-    def head(qkv):
-        q, k, v = qkv
-        return lax.map(lambda q: block(q, k, v), q)
+    def group(numbered):
+        q, k, v, head = numbered
+        return lax.map(lambda a: block(a[0], k, v, head, a[1]), (q, jnp.arange(len(q))))
 
-    out = lax.map(head, (q, k, v))
+    out = lax.map(group, (q, k, v, jnp.arange(B * G)))
     out = out.reshape(B, G, H // G, blocks, size, K).transpose(0, 3, 4, 1, 2, 5)
     return out.reshape(B, blocks * size, H, K)[:, :T]
 
