@@ -91,7 +91,7 @@ def t5_tokenizer(folder: Path, lines: list[str]) -> int:
     letters = [chr(c) for c in range(33, 127)]
     pieces = [[t, 0.0] for t in special.values()]
     pieces += [["▁" + word, -2.0] for word in words(lines)]
-    # A word that is not of the world falls apart into letters; one that is costs less whole.
+    # A word of the world is likelier whole than in letters, which all others fall apart into.
     pieces += [["▁", -10.0], *([c, -10.0] for c in letters)]
     added = [_added(t) | {"id": i} for i, t in enumerate(special.values())]
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
@@ -99,7 +99,8 @@ def t5_tokenizer(folder: Path, lines: list[str]) -> int:
     first, second = ({"Sequence": {"id": s, "type_id": 0}} for s in "AB")
     _json(folder / "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": None, "pre_tokenizer": space, "decoder": space,
+        "normalizer": None, "decoder": space, "pre_tokenizer": {
+            "type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
         "post_processor": {
             "type": "TemplateProcessing", "single": [first, end],
             "pair": [first, end, second, end],
