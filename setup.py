@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "unipic_jax/__init__.py").r
 setup(
     name="unipic_jax",
     version=VERSION,
-    description="Skywork UniPic 2.0 in JAX: generate, edit and convert",
+    description="Skywork UniPic 2.0 in JAX: generate, edit, train and convert",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -20,7 +20,16 @@ setup(
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "array_record>=0.8.6",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # which tensorflow-datasets needs and does not require
+        "ml-collections>=1.1",
+        "msgpack",
+        "pyarrow",
+        "tensorboardX",
         "transformers>=5",
         "huggingface_hub",
         "jinja2",
@@ -31,8 +40,8 @@ setup(
     ],
     extras_require={
         # The PyTorch code that the results are compared with; nothing else imports it.
-        "test": ["torch==2.13.0", "diffusers>=0.35.1", "accelerate", "safetensors",
-                 "optax", "pytest", "pytest-xdist", "ruff"],
+        "test": ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft>=0.21", "safetensors",
+                 "pytest", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["unipic=unipic_jax.cli:main"]},
 )

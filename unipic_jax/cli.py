@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unipic_jax import cli_train
 from unipic_jax.core.errors import InputError
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
-        if rest and args.run is not _train:  # whose config takes any field
+        if rest and args.run is not cli_train.train:  # whose config takes any field
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
         return args.run(args) or 0
@@ -97,11 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--save-tokens", type=Path, metavar="F.json",
                      help="write the token ids of the last answer")
 
-    sub = command("train", _train, "Train a stage; the same command goes on where it was stopped.")
-    sub.add_argument("--config", required=True, metavar="F.py", help="the stage, a file of "
-                     "configs/; --config.a.b=VALUE sets a field of it")
-    sub.add_argument("--workdir", required=True, type=Path, metavar="DIR",
-                     help="for checkpoints, metrics, samples and, at the end, model/")
+    cli_train.add(command)
 
     for name, run, text in (("convert", _convert, "A released PyTorch folder to the JAX layout."),
                             ("export", _export, "A folder in the JAX layout to the released one.")):
@@ -172,12 +169,12 @@ def _start(args):
 
     if not 0 <= args.seed < 2**31:
         raise InputError("--seed must lie between 0 and 2147483647")
-    _keep_programs()
+    keep_programs()
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(getattr(args, "dtype", default))
 
 
-def _keep_programs():
+def keep_programs():
     """Programs compiled once are found again by the next run."""
     import jax
 
@@ -302,20 +299,6 @@ def _write(args, drawn):
             path = path.with_stem(f"{path.stem}-{i}")
         images.save(images.to_picture(picture), path)
         print(f"{path}: {picture.shape[1]}x{picture.shape[0]}")
-
-
-def _train(args):
-    import logging
-
-    from unipic_jax.train import config, loop
-
-    logging.basicConfig(format="unipic: %(message)s", level=logging.INFO)
-    for noisy in ("absl", "jax", "orbax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    settings = config.read([f"--config={args.config}", *args.rest])
-    _keep_programs()
-    if loop.train(settings, args.workdir):
-        print(args.workdir / "model")
 
 
 def _convert(args):

@@ -11,6 +11,6 @@ def get_config():
     config.objective = "reconstruction"
     config.model = "configs/nano/model/kontext"
     config.trained = config.fresh = ("vae",)
-    config.batch, config.steps = 32, 3000
+    config.batch, config.steps = 32, 900
     config.optimizer.learning_rate = 2e-3
     return config

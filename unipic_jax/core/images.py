@@ -53,7 +53,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def edit_size(width: int, height: int, longer: int, multiple: int = 32) -> tuple[int, int]:
     """The (width, height) that an edit works at: the longer side exactly `longer`, the shorter
-    to the nearest multiple of 32, ties to even (the release's rule).
+    to the nearest multiple, ties to even (the release's rule).
 
     Raises InputError where the shorter side would vanish.
     """

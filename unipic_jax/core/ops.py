@@ -75,6 +75,17 @@ def conv(p: dict, x: jax.Array, *, stride: int = 1, padding=None) -> jax.Array:
     return y + p["bias"].astype(x.dtype)
 
 
+SMALL = 2**25  # bytes of a stack of layers
+
+
+def scan_layers(layer, carry, stack):
+    """`lax.scan` over stacked layers; small stacks are written out on a CPU, where XLA copies each
+    layer's weights out of its stack and is slower inside loops."""
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(stack))
+    small = jax.default_backend() == "cpu" and size <= SMALL
+    return lax.scan(layer, carry, stack, unroll=small)
+
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

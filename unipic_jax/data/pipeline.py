@@ -173,6 +173,7 @@ class _Read:
 
 
 def fit(example: Example, size: buckets.Size) -> Example:
+    """The example with its pictures scaled to cover a size and cut to it."""
     pictures = {k: p for k in ("target", "source") if (p := getattr(example, k)) is not None}
     if all(p.shape[1::-1] == size for p in pictures.values()):
         return example

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from unipic_jax.core import config, ops
 from unipic_jax.core.attention import attention
@@ -67,7 +66,7 @@ def apply(cfg: Config, params: Tree, ids: jax.Array, dtype=jnp.float32):
         z = act(ops.linear(p["up"], ops.layer_norm(y, p["norm2"], eps=cfg.layer_norm_eps)))
         return (y + ops.linear(p["down"], z), x), None
 
-    (x, penultimate), _ = lax.scan(layer, (x, x), params["layers"])
+    (x, penultimate), _ = ops.scan_layers(layer, (x, x), params["layers"])
     x = ops.layer_norm(x, params["norm"], eps=cfg.layer_norm_eps)
     # Configs that say 2 predate the right end token: there the largest id is the end.
     end = jnp.argmax(ids if cfg.eos_token_id == 2 else ids == cfg.eos_token_id, -1)

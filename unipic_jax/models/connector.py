@@ -9,7 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from unipic_jax.core import config, ops
@@ -76,6 +75,6 @@ def apply(cfg: Config, params: Tree, states: jax.Array, *, remat: str = "none"):
         y = ops.linear(p["up"], ops.layer_norm(x, p["norm2"], eps=cfg.layer_norm_eps))
         return x + ops.linear(p["down"], jax.nn.gelu(y, approximate=True)), None
 
-    x, _ = lax.scan(remats.remat(layer, remat), x, params["layers"])
+    x, _ = ops.scan_layers(remats.remat(layer, remat), x, params["layers"])
     mean = jnp.mean(x.astype(jnp.float32), 1).astype(x.dtype)
     return ops.linear(params["context"], x), ops.linear(params["pooled"], mean)

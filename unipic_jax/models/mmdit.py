@@ -186,8 +186,9 @@ def apply(
         stacked = params[kind]
         if (first, end) != (0, len(cfg.stacked(kind))):
             stacked = jax.tree.map(lambda a: a[first:end], stacked)  # noqa: B023
-        (x, text), _ = lax.scan(_scanned(cfg, c, kind, remat, bool(skipped & set(layers))),
-                                (x, text), (stacked, jnp.array([i not in skipped for i in layers])))
+        keep = jnp.array([i not in skipped for i in layers])
+        (x, text), _ = ops.scan_layers(
+            _scanned(cfg, c, kind, remat, bool(skipped & set(layers))), (x, text), (stacked, keep))
     if cfg.num_layers - 1 not in skipped:
         x, _ = _block(cfg, params["last"], c, x, text)
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from unipic_jax.core import config, ops
 from unipic_jax.core.attention import attention
@@ -70,7 +69,7 @@ def apply(cfg: Config, params: Tree, ids: jax.Array, dtype=jnp.float32) -> jax.A
         y = jax.nn.gelu(ops.linear(p["gate"], y), approximate=True) * ops.linear(p["up"], y)
         return x + ops.linear(p["down"], y), None
 
-    x, _ = lax.scan(layer, x, params["layers"])
+    x, _ = ops.scan_layers(layer, x, params["layers"])
     return ops.rms_norm(x, params["norm"], eps=eps)
 
 

@@ -38,7 +38,8 @@ def edit(
     images.check_size("image size", image_size, pipeline.size_multiple(parts))
     if len(pictures) != len(prompts):
         raise InputError(f"{len(pictures)} pictures for {len(prompts)} prompts; give one each")
-    sizes = {images.edit_size(*p.size, image_size) for p in pictures}
+    multiple = 2 * pipeline.size_multiple(parts)  # the release's 32
+    sizes = {images.edit_size(*p.size, image_size, multiple) for p in pictures}
     if len(sizes) > 1:
         raise InputError(f"pictures of one batch come to different sizes: {sorted(sizes)}; edit "
                          "them one by one")

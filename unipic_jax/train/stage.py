@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from unipic_jax.conditioning import kontext
+from unipic_jax.conditioning import kontext, qwen_chat
 from unipic_jax.convert import load
 from unipic_jax.core import lora, params
 from unipic_jax.core.errors import InputError
@@ -71,9 +71,12 @@ def _open_parts(config) -> Mapping[str, Part]:
 
 
 def _collate(config, parts):
+    """Tokenizers are opened here, so that what is wrong with them is said before training."""
     if config.objective == "reconstruction":
         return {"generate": collate.pictures}
     tokens = config.data.text_tokens
+    if "mllm" in parts:
+        qwen_chat.open_chat(parts["mllm"].folder)
     if config.objective == "answer":
         return {"describe": collate.Answers(parts["mllm"].folder, parts["mllm"].config, tokens)}
     if "conditioner" in parts:
@@ -81,8 +84,10 @@ def _collate(config, parts):
             parts["mllm"].folder, parts["mllm"].config, parts["conditioner"].config.num_queries,
             tokens, config.three_axis_rope, config.newline_after_picture)
     else:
-        prompts = collate.Kontext(load.find(config.model),
-                                  tuple(n for n in kontext.LENGTHS if n in parts))
+        folder = load.find(config.model)
+        prompts = collate.Kontext(folder, tuple(n for n in kontext.LENGTHS if n in parts))
+        for name in prompts.encoders:
+            kontext.tokenize(folder, name, [""])
     return dict.fromkeys(("generate", "edit"), prompts)
 
 

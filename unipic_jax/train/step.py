@@ -38,20 +38,23 @@ def make_step(
     def gradients(params, frozen, batch, key):
         B = len(jax.tree.leaves(batch)[0])
 
-        def one(total, micro):
-            rows, samples = micro
+        def one(rows, samples):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
             def mean(params):
                 each, more = loss(params, frozen, samples, keys)
                 return jnp.sum(each) / B, {"loss": each} | more
 
-            gradient, more = jax.grad(mean, has_aux=True)(params)
+            return jax.grad(mean, has_aux=True)(params)
+
+        def add(total, micro):
+            gradient, more = one(*micro)
             return jax.tree.map(jnp.add, total, gradient), more
 
+        if micro_batches == 1:  # XLA is several times slower on a CPU inside a loop
+            return one(_rows(batch), batch)
         split = jax.tree.map(lambda x: _split(x, micro_batches), (_rows(batch), batch))
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return lax.scan(one, zeros, split)
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
 
     def step(state: State, frozen: Tree, batch: Batch, key: jax.Array):
         gradient, each = gradients(state.params, frozen, batch,
@@ -101,6 +104,7 @@ def _averaged(mean, params, step, decay):
 def _by_quarter(loss, sigma):
     quarter = jnp.clip((sigma * QUARTERS).astype(jnp.int32), 0, QUARTERS - 1)
     one_hot = (quarter[..., None] == jnp.arange(QUARTERS)).astype(jnp.float32)
-    count = one_hot.sum((0, 1))
-    return {"quarter_loss": (one_hot * loss[..., None]).sum((0, 1)) / jnp.maximum(count, 1),
+    samples = range(loss.ndim)
+    count = one_hot.sum(samples)
+    return {"quarter_loss": (one_hot * loss[..., None]).sum(samples) / jnp.maximum(count, 1),
             "quarter_count": count}

@@ -69,7 +69,8 @@ def apply(
         return (x + ops.linear(p["down"], y), kv), None
 
     layer = remats.remat(layer, remat)
-    (x, kv), _ = lax.scan(layer, (x, kv), (params["layers"], jnp.arange(cfg.num_hidden_layers)))
+    numbered = params["layers"], jnp.arange(cfg.num_hidden_layers)
+    (x, kv), _ = ops.scan_layers(layer, (x, kv), numbered)
     x = ops.rms_norm(x, params["norm"], eps=cfg.rms_norm_eps)
     return x, None if kv is None else {"k": kv[0], "v": kv[1], "index": index + S}
 

@@ -119,7 +119,7 @@ def apply(cfg: VisionConfig, params: Tree, pictures: Pictures, dtype=jnp.float32
         y = jax.nn.silu(ops.linear(p["gate"], y)) * ops.linear(p["up"], y)
         return x + ops.linear(p["down"], y), None
 
-    x, _ = lax.scan(block, x, (params["blocks"], full))
+    x, _ = ops.scan_layers(block, x, (params["blocks"], full))
     p, unit = params["merger"], cfg.spatial_merge_size**2
     x = ops.reshape(ops.rms_norm(x, p["norm"], eps=EPS), B, W * M // unit, unit * cfg.hidden_size)
     x = ops.linear(p["down"], jax.nn.gelu(ops.linear(p["up"], x), approximate=False))

@@ -1,0 +1,122 @@
+"""The commands of `unipic` that train, and those that prepare and judge what is trained."""
+
+import argparse
+from pathlib import Path
+
+from unipic_jax.core.errors import InputError
+
+
+def add(command) -> None:
+    """Declare the commands by `command(name, run, text)`, which gives a parser."""
+    sub = command("train", train, "Train a stage; the same command goes on where it was stopped.")
+    sub.add_argument("--config", required=True, metavar="F.py", help="the stage, a file of "
+                     "configs/; --config.a.b=VALUE sets a field of it")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="DIR",
+                     help="for checkpoints, metrics, samples and, at the end, model/")
+
+    sub = command("score", _score, "Score a model on held-out scenes of the blocks world.")
+    sub.add_argument("--model", metavar="DIR", default=argparse.SUPPRESS,
+                     help="draw and edit with it (nano, a folder in either layout, hf://...)")
+    sub.add_argument("--mllm", metavar="DIR", default=argparse.SUPPRESS,
+                     help="draw by MetaQuery or, without --model, answer questions with it")
+    sub.add_argument("--conditioner", metavar="DIR", default=argparse.SUPPRESS,
+                     help="of MetaQuery, where it is not in the model's folder")
+    sub.add_argument("--per-kind", type=int, default=64, help="scenes of each kind")
+    sub.add_argument("--steps", type=int, default=20, help="denoising steps")
+    sub.add_argument("--guidance-scale", type=float, default=2.0, help="off at 1 and below")
+
+    sub = command("import", _import, "Data of others into shards for training.")
+    _folders(sub)
+    sub.add_argument("--kind", choices=("jsonl", "webdataset", "parquet"),
+                     default=argparse.SUPPRESS, help="(default: what the folder holds)")
+    sub.add_argument("--columns", nargs="+", default=(), metavar="FIELD=NAME", help="what the "
+                     "fields target, source, text and answer are called there")
+
+    sub = command("blocks", _blocks, "Examples of the blocks world as files.")
+    sub.add_argument("--task", choices=("generate", "edit", "describe"), required=True)
+    sub.add_argument("--count", type=int, required=True)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR",
+                     help="a new folder; it appears when all is written")
+    sub.add_argument("--kind", choices=("shards", "tfds"), default="shards",
+                     help="ArrayRecord shards, or a TFDS data set")
+
+
+def _folders(sub):
+    sub.add_argument("--from", dest="source", required=True, type=Path, metavar="DIR")
+    sub.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR",
+                     help="a new folder; it appears when all is written")
+
+
+def train(args):
+    import logging
+
+    from unipic_jax.cli import keep_programs
+    from unipic_jax.train import config, loop
+
+    logging.basicConfig(format="unipic: %(message)s", level=logging.WARNING)
+    logging.getLogger("unipic_jax").setLevel(logging.INFO)
+    settings = config.read([f"--config={args.config}", *args.rest])
+    keep_programs()
+    if loop.train(settings, args.workdir):
+        print(args.workdir / "model")
+
+
+def _score(args):
+    import jax
+
+    from unipic_jax.cli import keep_programs
+    from unipic_jax.core import mesh as meshes
+    from unipic_jax.train import evaluate, stage
+    from unipic_jax.train.config import nano
+
+    keep_programs()
+    model, mllm = getattr(args, "model", ""), getattr(args, "mllm", "")
+    if not model and not mllm:
+        raise InputError("give --model to draw and edit with, or --mllm to answer questions with")
+    if args.per_kind < 1 or args.steps < 1:
+        raise InputError("--per-kind and --steps must be at least 1")
+    config = nano(generate=1.0)
+    config.objective = "velocity" if model else "answer"
+    config.model, config.mllm = model, mllm
+    config.conditioner = getattr(args, "conditioner", "")
+    config.samples.update({"steps": args.steps, "guidance_scale": args.guidance_scale})
+    mesh = meshes.make(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        here = stage.open_stage(config)
+        _, params = stage.parameters(config, here, mesh)
+        if model:
+            draw = evaluate.drawer(config, here, mesh)
+            for task in ("generate", "edit"):
+                _print(task, evaluate.drawn_scores(draw, params, task, args.per_kind))
+        else:
+            _print("describe", evaluate.answer_scores(here, params, args.per_kind))
+
+
+def _print(task, scores):
+    for name, share in scores.items():
+        print(f"{task:9} {name:20} {share:7.1%}")
+
+
+def _import(args):
+    from unipic_jax.data import importers
+
+    columns = dict(pair.partition("=")[::2] for pair in args.columns)
+    report = importers.import_folder(args.source, args.target, getattr(args, "kind", None), columns)
+    _report(report, args.target)
+
+
+def _blocks(args):
+    from unipic_jax.data import importers, sources
+
+    if args.count < 1:
+        raise InputError("--count must be at least 1")
+    source = sources.open_source({"kind": "blocks", "task": args.task, "seed": args.seed,
+                                  "length": args.count})
+    _report(importers.write_source(source, args.target, args.kind), args.target)
+
+
+def _report(report, target):
+    for line in report.first:
+        print(f"skipped {line}")
+    print(f"{target}: {report.written} records, {report.skipped} skipped")
