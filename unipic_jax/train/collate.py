@@ -24,10 +24,10 @@ from unipic_jax.models.qwen2_5_vl import rope
 Examples = Sequence[Example]
 
 
-def pictures(examples: Examples) -> dict:
-    """The pictures alone."""
+def pictures(examples: Examples, *, reference: bool = True) -> dict:
+    """The pictures alone; the source only where it is to be the transformer's reference."""
     batch = {"target": np.stack([e.target for e in examples])}
-    if examples[0].source is not None:
+    if examples[0].source is not None and reference:
         batch["source"] = np.stack([e.source for e in examples])
     return batch
 
@@ -56,20 +56,22 @@ class MetaQuery:
     cfg: qwen.Config
     num_queries: int
     text_tokens: int
+    source_to: tuple[str, ...]  # who sees the picture of an edit: "mllm", "transformer"
     three_axis_rope: bool
     newline: bool
 
     def __call__(self, examples: Examples) -> dict:
         chat = qwen_chat.open_chat(self.mllm)
         shown = None
-        if examples[0].source is not None:
+        if examples[0].source is not None and "mllm" in self.source_to:
             shown = [Image.fromarray(e.source) for e in examples]
         texts = [_cut(chat, e.text, self.text_tokens) for e in examples]
         style = dict(three_axis_rope=self.three_axis_rope, newline=self.newline)
         bare = queries.prepare(chat, self.cfg, 0, [""], shown and shown[:1], **style)
         inputs = queries.prepare(chat, self.cfg, self.num_queries, texts, shown, **style,
                                  length=int(bare.mask.sum()) + self.text_tokens)
-        return pictures(examples) | {"prompt": _chat(inputs)}
+        seen = pictures(examples, reference="transformer" in self.source_to)
+        return seen | {"prompt": _chat(inputs)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,8 @@ def defaults() -> ConfigDict:
         "trained": (),  # parts by their folders' names; the others are frozen, in `dtype`
         "fresh": (),  # of these the ones that begin from nothing
         "lora": {"rank": 0, "alpha": 0.0, "targets": ()},  # rank 0: the weights themselves train
+        # MetaQuery: who sees the picture of an edit (table 2 of the report).
+        "source_to": ("mllm", "transformer"),
         "three_axis_rope": False,  # MetaQuery: as `unipic edit` has it, and as released
         "newline_after_picture": False,
         "data": {

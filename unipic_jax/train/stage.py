@@ -82,7 +82,7 @@ def _collate(config, parts):
     if "conditioner" in parts:
         prompts = collate.MetaQuery(
             parts["mllm"].folder, parts["mllm"].config, parts["conditioner"].config.num_queries,
-            tokens, config.three_axis_rope, config.newline_after_picture)
+            tokens, tuple(config.source_to), config.three_axis_rope, config.newline_after_picture)
     else:
         folder = load.find(config.model)
         prompts = collate.Kontext(folder, tuple(n for n in kontext.LENGTHS if n in parts))
