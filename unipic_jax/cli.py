@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
-        if rest and args.run is not cli_train.train:  # whose config takes any field
+        if rest and args.run not in cli_train.TAKE_FIELDS:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
         return args.run(args) or 0

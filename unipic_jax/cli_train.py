@@ -32,6 +32,14 @@ def add(command) -> None:
     sub.add_argument("--columns", nargs="+", default=(), metavar="FIELD=NAME", help="what the "
                      "fields target, source, text and answer are called there")
 
+    sub = command("cache", cache, "Data with what a stage's frozen encoders make of it.")
+    sub.add_argument("--config", required=True, metavar="F.py", help="the stage, whose sources "
+                     "are encoded; --config.a.b=VALUE sets a field of it")
+    sub.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR",
+                     help="a folder of shards for each source")
+    sub.add_argument("--contexts", action="store_true", help="the text encoders' contexts too, "
+                     "megabytes a record at full size; else the autoencoder's posteriors alone")
+
     sub = command("blocks", _blocks, "Examples of the blocks world as files.")
     sub.add_argument("--task", choices=("generate", "edit", "describe"), required=True)
     sub.add_argument("--count", type=int, required=True)
@@ -49,17 +57,32 @@ def _folders(sub):
 
 
 def train(args):
+    from unipic_jax.train import loop
+
+    if loop.train(_config(args), args.workdir):
+        print(args.workdir / "model")
+
+
+def cache(args):
+    from unipic_jax.train import loop
+
+    for name, count in loop.encode(_config(args), args.target, contexts=args.contexts).items():
+        print(f"{args.target / name}: {count} records")
+
+
+TAKE_FIELDS = (train, cache)  # the commands whose config takes any --config.field=VALUE
+
+
+def _config(args):
     import logging
 
     from unipic_jax.cli import keep_programs
-    from unipic_jax.train import config, loop
+    from unipic_jax.train import config
 
     logging.basicConfig(format="unipic: %(message)s", level=logging.WARNING)
     logging.getLogger("unipic_jax").setLevel(logging.INFO)
-    settings = config.read([f"--config={args.config}", *args.rest])
     keep_programs()
-    if loop.train(settings, args.workdir):
-        print(args.workdir / "model")
+    return config.read([f"--config={args.config}", *args.rest])
 
 
 def _score(args):

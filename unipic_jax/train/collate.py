@@ -3,11 +3,12 @@
 A batch is {"target": uint8 [B, H, W, 3], "source": the same (edits), "prompt": ...} or, for
 questions, {"prompt": ..., "answers": bool [B, S]}. A prompt is token ids by text encoder, or a
 chat: {"ids" [B, S], "mask" [B, S + Q], "positions" [B, 3, S + Q], "pictures": the fields of
-`vision.Pictures`}.
+`vision.Pictures`}. With caches (`train.cache`) there are also "target_moments" and
+"source_moments" [B, h, w, 2C], and a prompt may be the conditions themselves.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from unipic_jax.models import qwen2_5_vl as qwen
 from unipic_jax.models.qwen2_5_vl import rope
 
 Examples = Sequence[Example]
+Collate = Callable[[Examples], dict]
+"""Examples of one task and size -> the arrays of a batch."""
 
 
 def pictures(examples: Examples, *, reference: bool = True) -> dict:

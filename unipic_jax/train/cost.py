@@ -42,7 +42,9 @@ def _forward(objective: str, parts: Mapping[str, Part], batch: dict) -> dict[str
     cfg, prompt = parts["transformer"].config, batch["prompt"]
     T = H * W // (vae.factor * cfg.patch_size) ** 2
     edit = "source" in batch
-    if "conditioner" in parts:
+    if "context" in prompt:  # cached
+        S, counts = prompt["context"].shape[1], {}
+    elif "conditioner" in parts:
         S = parts["conditioner"].config.num_queries
         counts = {"conditioner": flops.conditioner(parts["conditioner"].config, S),
                   "mllm": _chat(parts["mllm"].config, prompt)}
@@ -52,7 +54,8 @@ def _forward(objective: str, parts: Mapping[str, Part], batch: dict) -> dict[str
         counts = {n: (flops.t5 if n == kontext.T5 else flops.clip)(parts[n].config, ids.shape[1])
                   for n, ids in prompt.items()}
     return counts | {
-        "vae": encode * (2 if edit else 1),
+        "vae": encode * (("target_moments" not in batch)
+                         + (edit and "source_moments" not in batch)),
         "transformer": flops.transformer(cfg, T, S, reference=T if edit else 0)}
 
 

@@ -19,8 +19,8 @@ from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
 from unipic_jax.data import buckets, feed, pipeline, sources
 from unipic_jax.data.records import TASKS, BadRecord, Example
+from unipic_jax.train import cache, cost, evaluate, metrics, optimizer, output, stage, state, step
 from unipic_jax.train import config as configs
-from unipic_jax.train import cost, evaluate, metrics, optimizer, output, stage, state, step
 from unipic_jax.train.checkpoint import Checkpoints, stopping
 
 SCALE_BATCHES = 16  # to measure the scale of an autoencoder's latents on
@@ -42,10 +42,24 @@ def train(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bool:
         return _train(config, workdir, mesh, progress)
 
 
+def encode(config: ConfigDict, target: Path, *, contexts: bool, progress: bool = True) -> dict:
+    """Write each source of the config with what the stage's frozen encoders make of it
+    (`train.cache`), in a folder of its name in `target`; the counts. Raises as `train` does."""
+    mesh = meshes.make(**config.mesh)
+    with jax.set_mesh(mesh):
+        here = stage.open_stage(config)
+        _, frozen = stage.parameters(config, here, mesh)
+        data = Data(config, here, frozen, mesh)
+        target.mkdir(parents=True, exist_ok=True)
+        return {name: cache.write(config, here, frozen, source, data.sizes, target / name, mesh,
+                                  contexts=contexts, progress=progress)
+                for name, (source, _) in zip(config.data.sources, data.sources)}
+
+
 def _train(config, workdir, mesh, progress) -> bool:
     here = stage.open_stage(config)
-    data = Data(config, here, mesh)
     trained, frozen = stage.parameters(config, here, mesh)
+    data = Data(config, here, frozen, mesh)
     timing = optimizer.Config(**config.optimizer)
     update = optimizer.make(timing, config.steps)
     now = jax.jit(functools.partial(state.new, optimizer=update, ema=bool(config.ema)))(trained)
@@ -110,7 +124,7 @@ def _abstract(tree):
 class Data:
     """The data of a stage: its sources, and the sizes of pictures that it is cut to."""
 
-    def __init__(self, config, here: stage.Stage, mesh):
+    def __init__(self, config, here: stage.Stage, frozen, mesh):
         self.config, self.here, self.mesh = config, here, mesh
         self.sources = [
             (sources.open_source({k: v for k, v in spec.items() if k != "weight"}),
@@ -119,13 +133,14 @@ class Data:
         if "transformer" in here.parts:
             multiple *= here.parts["transformer"].config.patch_size
         self.sizes = buckets.sizes(config.data.pixels, multiple, config.data.ratios)
+        self.collate = cache.reading(config, here, frozen, [s for s, _ in self.sources], mesh)
 
     def batches(self, seed: int, start: int = 0) -> pipeline.Batches:
         """This host's batches from step `start` on."""
         host, hosts = feed.share(self.mesh, self.config.batch)
         data = self.config.data
         return pipeline.batches(
-            self.sources, self.here.collate, batch=self.config.batch, sizes=self.sizes, seed=seed,
+            self.sources, self.collate, batch=self.config.batch, sizes=self.sizes, seed=seed,
             start=start, host=host, hosts=hosts, caption_dropout=data.caption_dropout,
             workers=data.workers)
 

@@ -32,10 +32,10 @@ def velocity(
     target, source, level, noise = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 4))(keys),
                                                 0, 1)
     vae, cfg = parts["vae"].config, parts["transformer"].config
-    x0 = latents(vae, params["vae"], batch["target"], target, dtype)
+    x0 = latents(vae, params["vae"], batch, "target", target, dtype)
     condition = conditions(parts, params, batch["prompt"], dtype=dtype, remat=remat)
     if "source" in batch:
-        condition["reference"] = latents(vae, params["vae"], batch["source"], source, dtype)
+        condition["reference"] = latents(vae, params["vae"], batch, "source", source, dtype)
     timing = parts["scheduler"].config
     sigma = schedule.draw(timing, level)
 
@@ -58,10 +58,16 @@ def to_unit(pictures: jax.Array, dtype) -> jax.Array:
     return (pictures.astype(jnp.float32) / 127.5 - 1).astype(dtype)
 
 
-def latents(cfg: autoencoder.Config, params: Tree, pictures: jax.Array, keys, dtype) -> jax.Array:
-    """Pictures uint8 [B, H, W, 3] -> a sample of their scaled latents, float32 [B, h, w, C]."""
-    posterior = autoencoder.encode(cfg, params, to_unit(pictures, dtype))
-    mean, logvar = (a.astype(jnp.float32) for a in (posterior.mean, posterior.logvar))
+def latents(
+    cfg: autoencoder.Config, params: Tree, batch: dict, name: str, keys: jax.Array, dtype
+) -> jax.Array:
+    """A sample of the scaled latents float32 [B, h, w, C] of the pictures uint8 [B, H, W, 3] by
+    that name, or of the posteriors' cached moments."""
+    if f"{name}_moments" in batch:
+        mean, logvar = jnp.split(batch[f"{name}_moments"].astype(jnp.float32), 2, -1)
+    else:
+        posterior = autoencoder.encode(cfg, params, to_unit(batch[name], dtype))
+        mean, logvar = (a.astype(jnp.float32) for a in (posterior.mean, posterior.logvar))
     sample = autoencoder.Posterior(mean, logvar).sample(normal(keys, mean.shape[1:]))
     return jax.lax.stop_gradient(autoencoder.scale(cfg, sample))
 
@@ -70,7 +76,9 @@ def conditions(
     parts: Mapping[str, Part], params: Tree, prompt: dict, *, dtype, remat: str = "none"
 ) -> dict[str, jax.Array]:
     """The transformer's conditions from a collated prompt: MetaQuery's where there is a
-    conditioner, else Kontext's."""
+    conditioner, else Kontext's; or as they were cached."""
+    if "context" in prompt:
+        return {k: a.astype(dtype) for k, a in prompt.items()}
     if "conditioner" not in parts:
         return kontext.encode(parts, params.__getitem__, prompt, dtype)
     return metaquery.apply(parts["mllm"].config, parts["conditioner"].config, params["mllm"],

@@ -32,7 +32,7 @@ class Stage:
     trained: tuple[str, ...]  # the parts that train
     combine: Callable[[Tree, Tree], Tree]  # (what trains, what is frozen) -> parameters by part
     loss: Loss
-    collate: Mapping[str, Callable]  # by task: examples -> the arrays of a batch
+    collate: Mapping[str, collate.Collate]  # by task
 
 
 def open_stage(config) -> Stage:
