@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from unipic_jax.conditioning import kontext, metaquery
 from unipic_jax.core.params import Tree
@@ -102,8 +101,10 @@ def answer(
     states, _ = language.apply(cfg, params["mllm"], x, inputs.positions, inputs.mask, remat=remat)
     logits = language.logits(cfg, params["mllm"], states[:, :-1]).astype(jnp.float32)
     said, tokens = batch["answers"][:, 1:], inputs.ids[:, 1:]
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-    wrong = said & (logits.argmax(-1) != tokens)
+    # A sum in place of a look-up, since the vocabulary may be split over devices.
+    own = jnp.where(tokens[..., None] == jnp.arange(logits.shape[-1]), logits, 0).sum(-1)
+    each = jax.nn.logsumexp(logits, -1) - own
+    wrong = said & (own < logits.max(-1))
     loss = jnp.where(said, each, 0).sum(-1) / jnp.maximum(said.sum(-1), 1)
     return loss, {"accuracy": 1.0 - wrong.any(-1)}
 
