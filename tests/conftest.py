@@ -17,6 +17,7 @@ import json  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import micro  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -59,6 +60,12 @@ def kontext():
     names = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     parts = {n: read_part(GOLDENS / "kontext" / n) for n in names}
     return {n: (p.config, load.read(p, jnp.float32)) for n, p in parts.items()}
+
+
+@pytest.fixture(scope="session")
+def micro_model(tmp_path_factory):
+    """The folder of the model that `micro` describes."""
+    return micro.make_model(tmp_path_factory.mktemp("micro") / "model")
 
 
 @pytest.fixture(scope="session")

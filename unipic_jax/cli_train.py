@@ -1,6 +1,7 @@
 """The commands of `unipic` that train, and those that prepare and judge what is trained."""
 
 import argparse
+import os
 from pathlib import Path
 
 from unipic_jax.core.errors import InputError
@@ -13,6 +14,10 @@ def add(command) -> None:
                      "configs/; --config.a.b=VALUE sets a field of it")
     sub.add_argument("--workdir", required=True, type=Path, metavar="DIR",
                      help="for checkpoints, metrics, samples and, at the end, model/")
+    sub.add_argument("--distributed", action="store_true",
+                     help="this is one of several processes: on TPU pods, Kubernetes and Slurm "
+                     "JAX finds the others; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+                     "and JAX_PROCESS_ID say where they are")
 
     sub = command("score", _score, "Score a model on held-out scenes of the blocks world.")
     sub.add_argument("--model", metavar="DIR", default=argparse.SUPPRESS,
@@ -59,7 +64,10 @@ def _folders(sub):
 def train(args):
     from unipic_jax.train import loop
 
-    if loop.train(_config(args), args.workdir):
+    settings = _config(args)
+    if args.distributed:
+        _join()
+    if loop.train(settings, args.workdir):
         print(args.workdir / "model")
 
 
@@ -83,6 +91,20 @@ def _config(args):
     logging.getLogger("unipic_jax").setLevel(logging.INFO)
     keep_programs()
     return config.read([f"--config={args.config}", *args.rest])
+
+
+def _join():
+    """Meet the other processes of the run."""
+    import jax
+
+    numbers = {}
+    try:
+        for name in ("num_processes", "process_id"):
+            if value := os.environ.get(f"JAX_{name.upper()}"):
+                numbers[name] = int(value)
+        jax.distributed.initialize(**numbers)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"--distributed: {str(e).splitlines()[0]}") from None
 
 
 def _score(args):

@@ -37,15 +37,22 @@ def train(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bool:
     if (workdir / "model").exists():
         log.info("%s holds the model already", workdir)
         return True
-    mesh = meshes.make(**config.mesh)
+    mesh = _mesh(config)
     with jax.set_mesh(mesh):
         return _train(config, workdir, mesh, progress)
+
+
+def _mesh(config):
+    try:
+        return meshes.make(**config.mesh)
+    except ValueError as e:
+        raise InputError(str(e)) from None
 
 
 def encode(config: ConfigDict, target: Path, *, contexts: bool, progress: bool = True) -> dict:
     """Write each source of the config with what the stage's frozen encoders make of it
     (`train.cache`), in a folder of its name in `target`; the counts. Raises as `train` does."""
-    mesh = meshes.make(**config.mesh)
+    mesh = _mesh(config)
     with jax.set_mesh(mesh):
         here = stage.open_stage(config)
         _, frozen = stage.parameters(config, here, mesh)
