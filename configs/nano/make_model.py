@@ -220,7 +220,7 @@ CONFIGS = {  # of what does not depend on a tokenizer, by file
         "block_out_channels": [16, 32, 32], "down_block_types": ["DownEncoderBlock2D"] * LEVELS,
         "force_upcast": True, "in_channels": 3, "latent_channels": 8, "latents_mean": None,
         "latents_std": None, "layers_per_block": 1, "mid_block_add_attention": True,
-        "norm_num_groups": 8, "out_channels": 3, "sample_size": 48, "scaling_factor": 1.0,
+        "norm_num_groups": 4, "out_channels": 3, "sample_size": 48, "scaling_factor": 1.0,
         "shift_factor": 0.0, "up_block_types": ["UpDecoderBlock2D"] * LEVELS,
         "use_post_quant_conv": False, "use_quant_conv": False},
     "kontext/scheduler/scheduler_config.json": {
