@@ -2,13 +2,17 @@
 `unipic train --config tests/micro.py:STAGE`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # So that XLA compiles in a third of the time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
          "xla_cpu_use_fusion_emitters": False}
-NANO = Path(__file__).parents[1] / "configs/nano/model"
+ROOT = Path(__file__).parents[1]
+NANO = ROOT / "configs/nano/model"
 ENCODER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
            "projection_dim": 16}
 CHANGES = {  # to the nano family's configs
@@ -52,11 +56,12 @@ def make_model(target: Path) -> Path:
 
 
 def get_config(stage: str = "kontext"):
-    """A short run of a stage; `config.root` is the folder of `make_model`."""
+    """A short run of a stage, whose parts are to be named."""
     from unipic_jax.train.config import nano
 
     if stage == "answer":
         config = nano(describe=1.0)
+        config.data.text_tokens = 40
         config.objective, config.trained = "answer", ("mllm",)
     elif stage == "reconstruction":
         config = nano(generate=1.0)
@@ -83,3 +88,28 @@ def point(config, root: Path):
     if "conditioner" in config.trained:
         config.conditioner = str(root / "metaquery/conditioner")
     return config
+
+
+def start(workdir: Path, *arguments: str, devices: int = 1, **environment: str):
+    """`unipic train` in a process of its own with so many virtual devices."""
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+    return subprocess.Popen(
+        [sys.executable, "-m", "unipic_jax", "train", "--workdir", str(workdir), *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
+        | environment)
+
+
+def finish(process) -> str:
+    """What a process that ends well has said."""
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    return said
+
+
+def arguments(stage: str, root: Path, **changes) -> list[str]:
+    """Those of `unipic train` for a stage with the parts of the model in `root`."""
+    config = point(get_config(stage), root)
+    fields = {n: config[n] for n in ("model", "mllm", "conditioner")} | changes
+    return [f"--config={ROOT}/tests/micro.py:{stage}",
+            *(f"--config.{n}={v}" for n, v in fields.items())]
