@@ -75,14 +75,16 @@ def read(arguments: list[str]) -> ConfigDict:
 
     Raises InputError where the file is missing or fails, or a field is not known.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    values, line = flags.FlagValues(), ["unipic", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line)
     try:
-        values(["unipic", *arguments])
+        values(line)
         config = values.config
+        if config is not None:
+            config.keys()  # here it says that there is no file
     except flags.Error as e:
         raise InputError(str(e).replace("\n", " ")) from None
-    except (FileNotFoundError, ImportError):
+    except OSError:
         raise InputError(f"{' '.join(arguments)}: there is no such config file") from None
     except Exception as e:  # whatever the file itself raises
         raise InputError(f"{' '.join(arguments)}: {type(e).__name__}: {e}") from None

@@ -44,9 +44,15 @@ def train(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bool:
 
 def _mesh(config):
     try:
-        return meshes.make(**config.mesh)
+        mesh = meshes.make(**config.mesh)
     except ValueError as e:
         raise InputError(str(e)) from None
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.micro_batches != 1 and (
+            config.micro_batches < 1 or config.batch % (config.micro_batches * devices)):
+        raise InputError(f"a batch of {config.batch} does not divide into {config.micro_batches} "
+                         f"micro-batches over {devices} devices")
+    return mesh
 
 
 def encode(config: ConfigDict, target: Path, *, contexts: bool, progress: bool = True) -> dict:
