@@ -18,7 +18,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already; remove it or choose another folder")
-    partial = target.absolute().with_name(f".{target.absolute().name}.partial-{os.getpid()}")
+    partial = partial_name(target, os.getpid())
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -29,6 +29,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise InputError(f"{target} cannot be written: {e.strerror or e}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_name(target: Path, process: int) -> Path:
+    """What a folder is called while that process writes it."""
+    return target.absolute().with_name(f".{target.absolute().name}.partial-{process}")
 
 
 @contextlib.contextmanager
