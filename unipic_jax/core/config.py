@@ -21,13 +21,15 @@ def read_json(path: Path) -> Any:
 
 
 def parse(
-    cls: type[T], raw: dict, where: str, *, fixed: dict[str, tuple] = {}, ignored: tuple = ()
+    cls: type[T], raw: dict, where: str, *, fixed: dict[str, tuple] = {}, ignored: tuple = (),
+    signed: tuple = (),
 ) -> T:
     """The dataclass `cls` from the keys of `raw` that are its fields; lists become tuples.
 
     `fixed` names keys that are understood at the given values only, `ignored` keys without
-    effect on inference; keys that begin with an underscore are library bookkeeping. Raises
-    InputError, naming the key, for any other key, an unsupported value or a missing field.
+    effect on inference, `signed` numbers that may be negative; keys that begin with an underscore
+    are library bookkeeping. Raises InputError, naming the key, for any other key, an unsupported
+    value or a missing field.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
@@ -38,6 +40,8 @@ def parse(
                              f"(only {allowed})")
         if key in fields:
             values[key] = _typed(fields[key], value, key, where)
+            if _negative(values[key]) and key not in signed:
+                raise InputError(f"{where}: {key} = {value} is negative")
         elif key not in fixed and not key.startswith("_") and key not in ignored:
             raise InputError(f"{where}: unknown key {key!r}")
     for name, field in fields.items():
@@ -54,9 +58,11 @@ def _typed(field, value, key, where):
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (int, (int, float))):
         raise InputError(f"{where}: {key} = {json.dumps(value)} is not "
                          f"{getattr(field.type, '__name__', field.type)}")
-    if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-        raise InputError(f"{where}: {key} = {value} is negative")
     return value
+
+
+def _negative(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value < 0
 
 
 # What transformers writes into any config.json and what does not change what a model computes.

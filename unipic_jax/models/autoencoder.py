@@ -37,7 +37,8 @@ class Config:
             fixed={"act_fn": ("silu",), "use_quant_conv": (False,), "use_post_quant_conv": (False,),
                    "mid_block_add_attention": (True,), "latents_mean": (None,),
                    "latents_std": (None,)},
-            ignored=("sample_size", "force_upcast", "down_block_types", "up_block_types"))
+            ignored=("sample_size", "force_upcast", "down_block_types", "up_block_types"),
+            signed=("shift_factor",))
         for key, kind in (("down_block_types", "DownEncoderBlock2D"),
                           ("up_block_types", "UpDecoderBlock2D")):
             if raw.get(key) != [kind] * len(cfg.block_out_channels):
