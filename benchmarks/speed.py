@@ -10,13 +10,13 @@ results, so that what is compared is known to be the same computation.
 
 import argparse
 import json
-import multiprocessing
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from benchmarks.turns import alternate
 
 ROOT = Path(__file__).parents[1]
 MODEL, SOURCE = ROOT / "tests/goldens/kontext", ROOT / "tests/goldens/source.png"
@@ -198,32 +198,9 @@ def torch_edit(kind):
     return edit
 
 
-def serve(side: str, case: str, dtype: str, pipe) -> None:
-    """Run the case each time the parent asks, and tell the seconds it took."""
-    work = {"jax": jax_side, "torch": torch_side}[side](case, dtype)
-    pipe.send(work())
-    while pipe.recv():
-        start = time.perf_counter()
-        work()
-        pipe.send(time.perf_counter() - start)
-
-
 def compare(case: str, dtype: str, turns: int) -> dict:
     """Median seconds of both sides, taking turns, and the distance of their results."""
-    context = multiprocessing.get_context("spawn")
-    pipes, results = {}, {}
-    for side in ("jax", "torch"):
-        pipes[side], other = context.Pipe()
-        context.Process(target=serve, args=(side, case, dtype, other), daemon=True).start()
-        other.close()  # so that a process that fails is the end, not a wait
-        results[side] = pipes[side].recv()
-    seconds = {side: [] for side in pipes}
-    for _ in range(turns):
-        for side, pipe in pipes.items():
-            pipe.send(True)
-            seconds[side].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
+    results, seconds = alternate({"jax": jax_side, "torch": torch_side}, (case, dtype), turns)
     a, b = (results[s].astype(np.float64) for s in ("jax", "torch"))
     median = {s: statistics.median(t) for s, t in seconds.items()}
     return {"case": case, "dtype": dtype, **median, "ratio": median["torch"] / median["jax"],

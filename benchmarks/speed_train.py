@@ -10,15 +10,14 @@ distance of the losses of the second step, so that what is compared is the same 
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.speed import jax_weights, normal, value
+from benchmarks.turns import alternate
 
 NANO = dict(
     num_layers=4, attention_head_dim=64, num_attention_heads=2, in_channels=4, out_channels=4,
@@ -95,36 +94,13 @@ def torch_side(case: str, size: int):
     return run
 
 
-def serve(side: str, case: str, size: int, pipe) -> None:
-    """Take a step each time the parent asks, and tell the seconds it took."""
-    run = {"jax": jax_side, "torch": torch_side}[side](case, size)
-    pipe.send([run(), run()])
-    while pipe.recv():
-        start = time.perf_counter()
-        run()
-        pipe.send(time.perf_counter() - start)
-
-
 def compare(case: str, size: int, turns: int) -> dict:
     """Samples a second of both sides by the median of the turns, and the losses' distance."""
-    context = multiprocessing.get_context("spawn")
-    pipes, losses = {}, {}
-    for side in ("jax", "torch"):
-        pipes[side], other = context.Pipe()
-        context.Process(target=serve, args=(side, case, size, other), daemon=True).start()
-        other.close()  # so that a process that fails is the end, not a wait
-        losses[side] = pipes[side].recv()
-    seconds = {side: [] for side in pipes}
-    for _ in range(turns):
-        for side, pipe in pipes.items():
-            pipe.send(True)
-            seconds[side].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
+    losses, seconds = alternate({"jax": jax_side, "torch": torch_side}, (case, size), turns)
     rate = {s: size / statistics.median(t) for s, t in seconds.items()}
     return {"case": case, "batch": size, **rate, "ratio": rate["jax"] / rate["torch"],
             "best": min(seconds["torch"]) / min(seconds["jax"]),
-            "error": abs(losses["jax"][1] / losses["torch"][1] - 1), "seconds": seconds}
+            "error": abs(losses["jax"] / losses["torch"] - 1), "seconds": seconds}
 
 
 def main() -> None:
