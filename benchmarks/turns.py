@@ -1,4 +1,4 @@
-"""Two programs timed turn by turn, each in a process of its own that waits while the other works."""
+"""Programs timed turn by turn, each in a process of its own that waits while the other works."""
 
 import multiprocessing
 import time
