@@ -45,7 +45,8 @@ def convert(source: Path, target: Path, progress: bool = True) -> list[Path]:
 def export(source: Path, target: Path, progress: bool = True) -> list[Path]:
     """Our layout at `source` into the released one at `target`; returns the parts.
 
-    Parts go to the files they came from; those that were never released, to default ones.
+    Parts go to the files they came from; those that were never released, to default ones. Parts
+    that are in the released layout already are copied.
     Raises InputError for whatever cannot be read or does not fit its config.
     """
     if not any(map(is_ours, _folders(source))):
@@ -162,8 +163,9 @@ def stacked(rule: names.Rule, tensors: list[Tensor], dtype: np.dtype) -> np.ndar
 
 
 def _export_part(part: Part):
-    if not is_ours(part.folder):
-        raise InputError(f"{part.folder} is not in the JAX layout (no {PARAMS} folder)")
+    if not is_ours(part.folder):  # a frozen part of a trained model: it is copied with the rest
+        match(part, torch_files.open_folder(part.folder)[0])
+        return 0, lambda folder, done: None
     rules = names.rules(part.module, part.config)
     shapes = torch_shapes(part, rules)
     stored = store.described(part.folder / PARAMS)
