@@ -127,8 +127,8 @@ def test_scores_are_in_the_line_of_their_step(tmp_path):
 
 def test_pictures(tmp_path):
     with metrics.Writer(tmp_path, 0, 3, 8, every=1) as writer:
-        writer.picture(123, Image.new("RGB", (8, 4), "red"))
-    assert Image.open(tmp_path / "samples/000123.png").size == (8, 4)
+        writer.picture(123, Image.new("RGB", (8, 4), "red"), "edit")
+    assert Image.open(tmp_path / "samples/000123-edit.png").size == (8, 4)
 
 
 def test_display(tmp_path, monkeypatch, capsys):
@@ -149,7 +149,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
         assert writer.write(1, report(1), "edit") is None
         assert writer.write(2, report(2), "edit")["loss"] == 1
         writer.scores(2, {"accuracy": 0.5})
-        writer.picture(2, Image.new("RGB", (8, 4)))
+        writer.picture(2, Image.new("RGB", (8, 4)), "edit")
     assert not (tmp_path / "run").exists()
 
 
