@@ -77,6 +77,12 @@ def gather(w: jax.Array) -> jax.Array:
     return jax.reshard(w, P(*(None if a == "fsdp" else a for a in spec)))
 
 
+def whole_rows(x: jax.Array) -> jax.Array:
+    """x [B, ...] split along its batch alone."""
+    spec = spec_of(x)
+    return x if spec is None else jax.reshard(x, P(spec[0], *[None] * (x.ndim - 1)))
+
+
 def replicate(w: jax.Array) -> jax.Array:
     """All of a weight on every device."""
     spec = spec_of(w)

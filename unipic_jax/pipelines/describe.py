@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from unipic_jax.conditioning import qwen_chat
+from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Tree
 from unipic_jax.model import Part, read_part
@@ -162,7 +163,7 @@ def decode(
 
 def _append(sampling: Sampling, state: State, logits: jax.Array) -> State:
     """The state with the token after these logits [B, V]."""
-    rows = jnp.arange(len(logits))
+    rows, logits = jnp.arange(len(logits)), meshes.whole_rows(logits)
     token = choose(sampling, logits, state.seen, jax.random.fold_in(sampling.key, state.count))
     return state._replace(
         tokens=lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.count, 1),
