@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["unipic_jax", "unipic_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
+        "absl-py",
         "jax>=0.10",
         "flax>=0.12",
         "optax>=0.2.8",

@@ -129,10 +129,11 @@ def write(target: Path, size: str = "tiny", parts=PARTS, dtype: str = "bfloat16"
             _json(folder / file, by_name[name])
             part = read_part(folder)
             if part.has_weights:
-                _weights(part, name, "BF16" if dtype == "bfloat16" else "F32", seed, progress)
+                write_weights(part, name, "BF16" if dtype == "bfloat16" else "F32", seed, progress)
 
 
-def _weights(part: Part, name: str, dtype: str, seed: int, progress: bool) -> None:
+def write_weights(part: Part, name: str, dtype: str, seed: int, progress: bool) -> None:
+    """A part's weights of that type into its folder, in the files of its release."""
     rules = names.rules(part.module, part.config)
     shapes = convert.torch_shapes(part, rules)
     leaf = {n: r.path for r in rules for n in r.names}

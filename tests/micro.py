@@ -51,7 +51,7 @@ def make_model(target: Path) -> Path:
         raw = json.loads(file.read_text())
         inner = {k: raw[k] | v for k, v in changes.items() if isinstance(v, dict)}
         file.write_text(json.dumps(raw | changes | inner))
-        random_release._weights(read_part(file.parent), name, "F32", 0, False)
+        random_release.write_weights(read_part(file.parent), name, "F32", 0, False)
     return target
 
 

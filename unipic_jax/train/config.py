@@ -1,11 +1,14 @@
 """The fields of a stage's config, with what most stages take for them."""
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from unipic_jax.core.errors import InputError
+from unipic_jax.data import buckets
+from unipic_jax.train import optimizer
 
 
 def defaults() -> ConfigDict:
@@ -17,7 +20,7 @@ def defaults() -> ConfigDict:
         "conditioner": "",  # its folder, where it is not in the model's
         "trained": (),  # parts by their folders' names; the others are frozen, in `dtype`
         "fresh": (),  # of these the ones that begin from nothing
-        "lora": {"rank": 0, "alpha": 0.0, "targets": ()},  # rank 0: the weights themselves train
+        "lora": {"rank": 0, "alpha": 64.0, "targets": ()},  # rank 0: the weights themselves train
         # MetaQuery: who sees the picture of an edit (table 2 of the report).
         "source_to": ("mllm", "transformer"),
         "three_axis_rope": False,  # MetaQuery: as `unipic edit` has it, and as released
@@ -25,7 +28,7 @@ def defaults() -> ConfigDict:
         "data": {
             "sources": {},  # by any name: "weight", "kind" and what `data.sources` takes
             "pixels": 512 * 512,  # of a picture, whatever its shape
-            "ratios": ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16)),
+            "ratios": buckets.RATIOS,
             "text_tokens": 128,  # of a prompt to the language model; the rest is cut off
             "caption_dropout": 0.1,  # of captions that become "", for guidance
             "workers": 8,  # processes that decode pictures; 0 for threads
@@ -34,8 +37,7 @@ def defaults() -> ConfigDict:
         "micro_batches": 1,  # parts of it whose gradients are summed one after the other
         "steps": 200_000,
         "seed": 0,
-        "optimizer": {"learning_rate": 4e-5, "warmup": 0.01, "b1": 0.9, "b2": 0.95, "eps": 1e-8,
-                      "weight_decay": 0.05, "clip": 1.0},
+        "optimizer": dataclasses.asdict(optimizer.Config()),
         "ema": 0.0,  # decay of the parameters' mean, which is then what is saved as the model
         "dtype": "bfloat16",  # of what is computed, and of what is frozen
         "save_dtype": "bfloat16",  # of the model that is written at the end

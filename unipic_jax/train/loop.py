@@ -7,12 +7,14 @@ and, at the end, `model/`. The same call goes on where it was stopped.
 import contextlib
 import functools
 import itertools
+import json
 import logging
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from unipic_jax.core import mesh as meshes
@@ -87,6 +89,7 @@ def _train(config, workdir, mesh, progress) -> bool:
         if restored := checkpoints.restore(_abstract(now)):
             first, now, extra = restored
             log.info("goes on from step %d", first)
+            _compare(extra["config"], config.to_json_best_effort())
         if jax.process_index() == 0:
             configs.write(config, workdir / "config.json")
         began = time.monotonic() - extra["seconds"]
@@ -123,6 +126,13 @@ def _train(config, workdir, mesh, progress) -> bool:
         changes["vae"] = evaluate.latent_scale(here, here.combine(_weights(now), frozen), some)
     output.write(config, here, _weights(now), frozen, workdir / "model", changes)
     return True
+
+
+def _compare(before: str, now: str) -> None:
+    """Say which fields of the config are not what they were."""
+    a, b = (traverse_util.flatten_dict(json.loads(c), sep=".") for c in (before, now))
+    if changed := sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)):
+        log.warning("the config has changed since: %s", ", ".join(changed))
 
 
 def _weights(now):

@@ -1,6 +1,6 @@
 """A stage of training from its config: the parts, what of them trains, and how a loss is had.
 
-The config is an `ml_collections.ConfigDict`; `configs/` has one file a stage, and `configs/base.py`
+The config is an `ml_collections.ConfigDict`; `configs/` has one file a stage, and `train.config`
 says what each field means.
 """
 
