@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["unipic_jax", "unipic_jax.*"]),
+    package_data={"unipic_jax": ["nano/**/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--from", dest="source", required=True, metavar="DIR")
         sub.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR",
                          help="a new folder; it appears when all is written")
+        if name == "export":
+            sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
+                             default=argparse.SUPPRESS, help="of the weights (default: as stored)")
     return parser
 
 
@@ -311,5 +314,6 @@ def _convert(args):
 def _export(args):
     from unipic_jax.convert import convert, load
 
-    for part in convert.export(load.find(args.source), args.target):
+    dtype = getattr(args, "dtype", None)
+    for part in convert.export(load.find(args.source), args.target, dtype=dtype):
         print(part)

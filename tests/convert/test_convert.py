@@ -116,6 +116,19 @@ def test_a_large_stack_lies_in_pieces(clip, tmp_path, monkeypatch):
     same_tree(clip, tmp_path / "back")
 
 
+def test_export_in_another_type(clip, tmp_path):
+    """Every tensor is the cast of the one there was, the index of the new size."""
+    shard(clip)
+    want = load.read(read_part(clip), jnp.bfloat16)
+    convert.convert(clip, tmp_path / "jax", progress=False)
+    convert.export(tmp_path / "jax", tmp_path / "back", progress=False, dtype=jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, want, load.read(read_part(tmp_path / "back")))
+    index, there = (json.loads((root / "model.safetensors.index.json").read_text())
+                    for root in (tmp_path / "back", clip))
+    assert index["metadata"]["total_size"] * 2 == there["metadata"]["total_size"]
+    assert index["weight_map"] == there["weight_map"]
+
+
 def test_a_variant_beside_the_weights_is_left_alone(clip, tmp_path):
     want = load.read(read_part(clip))
     shutil.copy(clip / "model.safetensors", clip / "model.fp16.safetensors")

@@ -4,6 +4,7 @@ Ours is the same folder with each part's weight files replaced by an Orbax check
 and by `layout.json`, which says what files they came from so that the same ones can be written.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -39,19 +40,20 @@ def convert(source: Path, target: Path, progress: bool = True) -> list[Path]:
     """
     if any(map(is_ours, _folders(source))):
         raise InputError(f"{source} is in the JAX layout already; `unipic export` turns it back")
-    return _whole_folder(source, target, _convert_part, WEIGHTS, progress)
+    return _whole_folder(source, target, _convert_part, WEIGHTS, progress, "convert")
 
 
-def export(source: Path, target: Path, progress: bool = True) -> list[Path]:
+def export(source: Path, target: Path, progress: bool = True, dtype=None) -> list[Path]:
     """Our layout at `source` into the released one at `target`; returns the parts.
 
-    Parts go to the files they came from; those that were never released, to default ones. Parts
-    that are in the released layout already are copied.
+    Parts go to the files they came from; those that were never released, to default ones, in
+    `dtype` or as they are stored. Parts that are in the released layout already are copied.
     Raises InputError for whatever cannot be read or does not fit its config.
     """
     if not any(map(is_ours, _folders(source))):
         raise InputError(f"{source} holds no part in the JAX layout (no {PARAMS} folder)")
-    return _whole_folder(source, target, _export_part, (PARAMS, LAYOUT), progress)
+    one = functools.partial(_export_part, dtype=dtype)
+    return _whole_folder(source, target, one, (PARAMS, LAYOUT), progress, "export")
 
 
 def _folders(source: Path) -> list[Path]:
@@ -63,7 +65,8 @@ def _folders(source: Path) -> list[Path]:
     return sorted(f for f in source.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def _whole_folder(source, target, one: Callable, left_out: tuple, progress: bool) -> list[Path]:
+def _whole_folder(source, target, one: Callable, left_out: tuple, progress: bool,
+                  what: str) -> list[Path]:
     """Parts through `one`, everything else but `left_out` copied as it is."""
     if target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target} lies inside {source}; choose another folder")
@@ -74,7 +77,7 @@ def _whole_folder(source, target, one: Callable, left_out: tuple, progress: bool
     jobs = [one(p) for p in parts]  # everything is checked before anything is written
     with (files.new_folder(target) as partial,
           tqdm(total=sum(size for size, _ in jobs), unit="B", unit_scale=True,
-               desc=f"{one.__name__.strip('_').split('_')[0]} {target.name}",
+               desc=f"{what} {target.name}",
                disable=not progress) as bar):
         ignore = shutil.ignore_patterns(*left_out, ".*")
         shutil.copytree(source, partial, ignore=ignore, dirs_exist_ok=True)
@@ -162,7 +165,7 @@ def stacked(rule: names.Rule, tensors: list[Tensor], dtype: np.dtype) -> np.ndar
     return out if rule.stacked else out[0]
 
 
-def _export_part(part: Part):
+def _export_part(part: Part, dtype=None):
     if not is_ours(part.folder):  # a frozen part of a trained model: it is copied with the rest
         match(part, torch_files.open_folder(part.folder)[0])
         return 0, lambda folder, done: None
@@ -177,6 +180,9 @@ def _export_part(part: Part):
               for i, n in enumerate(r.names)}
     layout = _layout(part, {n: (NAMED[stored[p][1]], shapes[n])
                             for n, (p, _, _) in sorted(places.items())})
+    if dtype is not None:
+        layout = Layout({f: dict.fromkeys(held, NAMED[np.dtype(dtype)])
+                         for f, held in layout.files.items()}, layout.metadata)
 
     def write(folder: Path, done: Callable):
         writers, targets = {}, {}
@@ -202,6 +208,9 @@ def _export_part(part: Part):
             del leaf, back  # not held while the next one is read
         for writer in writers.values():
             writer.close()
+        if dtype is not None:  # the release's own index tells other sizes
+            for index in folder.glob("*.safetensors.index*.json"):
+                index.unlink()
         write_index(folder, layout, shapes, part)
 
     return sum(int(np.prod(s)) * d.itemsize for s, d in stored.values()), write

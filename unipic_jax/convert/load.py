@@ -13,13 +13,20 @@ from unipic_jax.core.errors import InputError
 from unipic_jax.model import Part, config_file, read_part
 
 HUB = "hf://"
+NANO = Path(__file__).parents[1] / "nano"
+SHIPPED = {  # the trained nano family, by what it is called
+    "nano": NANO / "kontext", "nano-metaquery": NANO / "metaquery",
+    "nano-qwen": NANO / "qwen2_5_vl"}
 
 
 def find(model: str) -> Path:
-    """The folder of a model: a path, or `hf://owner/name` brought by huggingface_hub.
+    """The folder of a model: one of `SHIPPED`, a path, or `hf://owner/name` brought by
+    huggingface_hub.
 
     Raises InputError where there is none.
     """
+    if model in SHIPPED and not Path(model).exists():
+        return SHIPPED[model]
     if not model.startswith(HUB):
         if not Path(model).is_dir():
             raise InputError(f"{model} is not a folder; give a path or {HUB}owner/name")

@@ -1,4 +1,5 @@
-"""Captions of GenEval's six kinds, and what a picture has to have to satisfy one."""
+"""Captions of GenEval's six kinds, and what a picture has to have to satisfy one; and captions
+that leave nothing of a picture open."""
 
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from unipic_jax.data.blocks.scenes import (
     BACKGROUNDS,
     COLOURS,
     GRID,
+    PLACES,
     SHAPES,
     Objects,
     scatter,
@@ -85,6 +87,18 @@ def caption(
     goal = Goal(*(np.array(x, np.int32) for x in (
         shape, said, count, relation, background if says_background else -1)))
     return text, goal, background, list(zip(shapes, colours))
+
+
+MOST_DESCRIBED = 2  # objects; the text encoders of the nano family read no longer captions
+
+
+def description(
+    rng: np.random.Generator, background: int, objects: Objects, order: list[int]
+) -> str:
+    """A caption that says all of a scene, its objects in the order of cells that is given."""
+    listed = " and ".join(f"a {noun(*objects[c])} in the {PLACES[c]}" for c in order)
+    text = f"{listed} on a {_backgrounds[background]} background"
+    return FRAMES[rng.integers(len(FRAMES))].format(text)
 
 
 def arrange(rng: np.random.Generator, goal: Goal, kinds: list[tuple[int, int]]) -> Objects:
