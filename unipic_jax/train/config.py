@@ -47,7 +47,8 @@ def defaults() -> ConfigDict:
         "checkpoint": {"every": 1000, "keep": 2, "keep_every": 0},
         # Pictures drawn now and then: of so many examples a task. `blocks` scores the model on so
         # many held-out examples of each kind of the embedded world.
-        "samples": {"every": 5000, "count": 8, "blocks": 0, "steps": 28, "guidance_scale": 3.5},
+        "samples": {"every": 5000, "at_start": False, "count": 8, "blocks": 0, "steps": 28,
+                    "guidance_scale": 3.5},
         "max_skipped": 10,  # steps in a row that are not finite, after which the run stops
     })
 

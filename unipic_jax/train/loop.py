@@ -100,12 +100,20 @@ def _train(config, workdir, mesh, progress) -> bool:
         with (stopping() as stop_at,
               metrics.Writer(workdir, first, config.steps, config.batch, every=config.log_every,
                              flops=costs, progress=progress) as writer):
+
+            def report(step, now):
+                with writer.paused():
+                    evaluate.report(config, here, here.combine(_weights(now), frozen), draw,
+                                    data, writer, step)
+
+            if config.samples.at_start and first == 0:
+                report(0, now)
             for k in range(first, config.steps):
                 task, batch = next(batches)
                 if task not in costs:  # buckets differ little
                     costs[task] = config.batch * cost.per_sample(config, here, batch)
-                now, report = advance(now, frozen, batch, key)
-                last = writer.write(k + 1, report, task)
+                now, figures = advance(now, frozen, batch, key)
+                last = writer.write(k + 1, figures, task)
                 if last and last["skipped_in_row"] >= config.max_skipped:
                     raise InputError(f"{config.max_skipped} steps in a row before step {k} were "
                                      "not finite; lower the learning rate, or look at the data")
@@ -117,9 +125,7 @@ def _train(config, workdir, mesh, progress) -> bool:
                     log.warning("stops at step %d; the same command goes on from there", k + 1)
                     return False
                 if done or (k + 1) % config.samples.every == 0:
-                    with writer.paused():
-                        evaluate.report(config, here, here.combine(_weights(now), frozen), draw,
-                                        data, writer, k + 1)
+                    report(k + 1, now)
     changes = {}
     if config.objective == "reconstruction":
         some = feed.prefetch(mesh, itertools.islice(data.batches(config.seed), SCALE_BATCHES))

@@ -83,7 +83,10 @@ class Writer:
         return last
 
     def scores(self, step: int, values: Mapping[str, float]) -> None:
-        """More figures for the line of a step, as of an evaluation after it."""
+        """More figures for the line of a step, as of an evaluation after it: shares by "task/name",
+        which are also printed."""
+        if self._bar is not None or self._plain:
+            print(_scored(step, values), file=sys.stderr, flush=True)
         if self._pending is not None and self._pending[0] == step:
             self._scores |= values
         elif self._writes:
@@ -199,6 +202,16 @@ def _plain(value):
     if value.ndim:
         return [_plain(x) for x in value]
     return value.item() if np.isfinite(value) else None
+
+
+def _scored(step: int, values: Mapping[str, float]) -> str:
+    """Shares as a person reads them, a line a task."""
+    tasks: dict[str, list[str]] = {}
+    for name, value in values.items():
+        task, _, kind = name.partition("/")
+        tasks.setdefault(task, []).append(f"{kind} {value:.1%}")
+    return "\n".join(f"\nafter {step} steps, {task}: {', '.join(shares)}"
+                     for task, shares in tasks.items())
 
 
 def _said(values) -> str:
