@@ -6,9 +6,7 @@ out=${1:-runs/nano}
 shift || true
 mkdir -p "$out"
 
-# A training step on a CPU makes hundreds of megabytes of temporaries; kept by the allocator, they
-# are not faulted in anew at every step.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=100000000}
+source "$(dirname "$0")/cpu.sh"
 
 train() { # STAGE [ARGUMENT ...]
     printf '\n== %s\n' "$1"
@@ -23,8 +21,18 @@ train align "$@" --config.model="$out/base/model" --config.mllm="$out/language/m
 train unified "$@" --config.model="$out/kontext/model" --config.mllm="$out/language/model" \
     --config.conditioner="$out/align/model/conditioner"
 
-printf '\n== Kontext on held-out scenes\n'
-unipic score --model "$out/kontext/model"
-printf '\n== MetaQuery on held-out scenes\n'
-unipic score --model "$out/unified/model" --mllm "$out/language/model"
-unipic score --mllm "$out/language/model"
+# The family in the released layout, and what it comes to.
+release() { # MODEL NAME
+    [ -d "$out/release/$2" ] || unipic export --from "$1" --to "$out/release/$2" --dtype bfloat16
+}
+release "$out/kontext/model" kontext
+release "$out/unified/model" metaquery
+release "$out/language/model" qwen2_5_vl
+
+score() { # NAME ARGUMENT ...
+    printf '\n== %s on held-out scenes\n' "$1"
+    unipic score --json "$out/release/$1.json" "${@:2}"
+}
+score kontext --model "$out/release/kontext"
+score metaquery --model "$out/release/metaquery" --mllm "$out/release/qwen2_5_vl"
+score qwen2_5_vl --mllm "$out/release/qwen2_5_vl"

@@ -21,14 +21,18 @@ def add(command) -> None:
 
     sub = command("score", _score, "Score a model on held-out scenes of the blocks world.")
     sub.add_argument("--model", metavar="DIR", default=argparse.SUPPRESS,
-                     help="draw and edit with it (nano, a folder in either layout, hf://...)")
+                     help="draw and edit with it (nano, nano-metaquery, a folder in either layout, "
+                     "hf://...)")
     sub.add_argument("--mllm", metavar="DIR", default=argparse.SUPPRESS,
-                     help="draw by MetaQuery or, without --model, answer questions with it")
+                     help="draw by MetaQuery or, without --model, answer questions with it "
+                     "(nano-qwen, a folder, hf://...)")
     sub.add_argument("--conditioner", metavar="DIR", default=argparse.SUPPRESS,
                      help="of MetaQuery, where it is not in the model's folder")
     sub.add_argument("--per-kind", type=int, default=64, help="scenes of each kind")
     sub.add_argument("--steps", type=int, default=20, help="denoising steps")
     sub.add_argument("--guidance-scale", type=float, default=2.0, help="off at 1 and below")
+    sub.add_argument("--json", type=Path, metavar="F", default=argparse.SUPPRESS,
+                     help="write the scores, and what they were measured with")
 
     sub = command("import", _import, "Data of others into shards for training.")
     _folders(sub)
@@ -108,14 +112,19 @@ def _join():
 
 
 def _score(args):
+    import json
+
     import jax
 
     from unipic_jax.cli import keep_programs
+    from unipic_jax.core import files
     from unipic_jax.core import mesh as meshes
     from unipic_jax.train import evaluate, stage
     from unipic_jax.train.config import nano
 
     keep_programs()
+    if target := getattr(args, "json", None):
+        files.check_writable(target)
     model, mllm = getattr(args, "model", ""), getattr(args, "mllm", "")
     if not model and not mllm:
         raise InputError("give --model to draw and edit with, or --mllm to answer questions with")
@@ -130,12 +139,20 @@ def _score(args):
     with jax.set_mesh(mesh):
         here = stage.open_stage(config)
         _, params = stage.parameters(config, here, mesh)
+        scores = {}
         if model:
             draw = evaluate.drawer(config, here, mesh)
             for task in ("generate", "edit"):
-                _print(task, evaluate.drawn_scores(draw, params, task, args.per_kind))
+                scores[task] = evaluate.drawn_scores(draw, params, task, args.per_kind)
+                _print(task, scores[task])
         else:
-            _print("describe", evaluate.answer_scores(here, params, args.per_kind))
+            scores["describe"] = evaluate.answer_scores(here, params, args.per_kind)
+            _print("describe", scores["describe"])
+    if target:
+        drawn = {"steps": args.steps, "guidance_scale": args.guidance_scale} if model else {}
+        with files.new_file(target) as partial:
+            partial.write_text(json.dumps(
+                {"per_kind": args.per_kind} | drawn | {"scores": scores}, indent=1) + "\n")
 
 
 def _print(task, scores):
