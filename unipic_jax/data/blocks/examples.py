@@ -2,9 +2,8 @@
 
 Held out for evaluation is 1 in 16 of the scenes, by a hash: no training example has one as its
 picture, source or target, and every evaluation example has only such. Of the captions that name
-two coloured shapes, 1 in 16 pairs is held out in the same way. Half of the training captions say
-all that is in their picture, where that is little enough, as captions for pre-training do: what
-short ones leave open teaches little.
+two coloured shapes, 1 in 16 pairs is held out in the same way. Half of the training captions of
+one or two objects say all that is in their picture, places too, as captions for pre-training do.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from unipic_jax.data.records import TASKS, Example
 
 KINDS = dict(zip(TASKS, (captions.GENERATION_KINDS, edits.EDIT_KINDS, questions.QUESTION_KINDS)))
 """The kinds of the examples of each task."""
-TRIES = 8  # at the pictures of one caption or the edits of one scene, of which there may be few
+TRIES = 8  # at the edits of one scene, of which there may be few
 
 
 class EditGoal(NamedTuple):
@@ -78,22 +77,19 @@ def _generation(rng, name, kind, held_out) -> Sample:
         text, goal, background, objects = captions.caption(rng, kind)
         if kind == "colour_to_object" and is_held_out_pair(objects) != held_out:
             continue
-        for _ in range(TRIES):
-            arranged = captions.arrange(rng, goal, objects)
-            drawn = scene(background, arranged)
-            if is_held_out(drawn) == held_out:
-                if not held_out and rng.integers(2):
-                    text = _described(rng, background, arranged) or text
-                return Sample(Example(name, text, target=draw(drawn)), kind, goal)
-
-
-def _described(rng, background, objects) -> str | None:
-    """All that is in a scene, in words, unless that is too much or names a held-out pair."""
-    cells = rng.permutation(list(objects)).tolist()
-    pair = [objects[c] for c in cells]
-    if len(pair) > captions.MOST_DESCRIBED or (len(pair) == 2 and is_held_out_pair(pair)):
-        return None
-    return captions.description(rng, background, objects, cells)
+        if held_out and kind == "colour_to_object":  # of whose pairs few have a held-out pose
+            placed = captions.arrange(rng, goal, objects)
+        elif held_out or len(objects) > captions.MOST_DESCRIBED or rng.integers(2):
+            placed = captions.pose(goal, objects)
+        else:
+            placed = captions.arrange(rng, goal, objects)
+            order = rng.permutation(list(placed)).tolist()
+            if len(order) == 2 and is_held_out_pair([placed[c] for c in order]):
+                continue
+            text = captions.description(rng, background, placed, order)
+        drawn = scene(background, placed)
+        if is_held_out(drawn) == held_out:
+            return Sample(Example(name, text, target=draw(drawn)), kind, goal)
 
 
 def _edit(rng, name, kind, held_out) -> Sample:
