@@ -161,16 +161,14 @@ def test_a_slow_answer_is_not_valid_and_not_asked_for_again(how, caplog):
     def trickle(handler):
         handler.send_response(200)
         handler.end_headers()
-        for letter in json.dumps(scored({"samples": [{"id": i} for i in IDS]})):
-            if given_up.wait(0.1):
-                return
-            handler.wfile.write(letter.encode())
+        while not given_up.wait(0.05):  # JSON may begin with many spaces
+            handler.wfile.write(b" ")
 
     def answer(path, body):
         if path == "/health":
             return 200, HEALTH
         if how == "silent":
-            given_up.wait(60)
+            given_up.wait(90)
         return 200, trickle
 
     class Hasty(Remote):
@@ -178,15 +176,15 @@ def test_a_slow_answer_is_not_valid_and_not_asked_for_again(how, caplog):
             return Remote(Connection(fake.url)).health()
 
     with Fake(answer) as fake:
-        hasty = Hasty(Connection(fake.url, timeout=0.3, backoff=0.01))
+        hasty = Hasty(Connection(fake.url, timeout=0.7, backoff=0.01))
         with HostReward(hasty, batch_size=4, concurrency=3) as asked:
             began = time.monotonic()
             assert_right(submit(asked).result(60), valid=[False] * len(IDS))
-            assert time.monotonic() - began < 20  # and not 50
+            assert time.monotonic() - began < 45  # and not for ever
             given_up.set()
         assert len(fake.bodies("/score")) <= 3
     assert "10 of 10 samples" in caplog.text
-    assert "no answer in 0.3 s" in caplog.text
+    assert "no answer in 0.7 s" in caplog.text
 
 
 def first(**changes):
