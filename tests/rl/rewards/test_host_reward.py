@@ -330,6 +330,14 @@ def test_bad_addresses(url):
         Connection(url)
 
 
+@pytest.mark.parametrize("token", ["a\nb", "clé"])
+def test_bad_tokens(token):
+    with pytest.raises(InputError, match="must be one line of ASCII") as e:
+        Connection("http://a", token=token)
+    assert token not in str(e.value)
+    assert "sesame" not in repr(Connection("http://a", token="sesame"))
+
+
 def test_total():
     values = {"a": np.float32([1, 2]), "b": np.float32([3, 5])}
     found = host.total(values, {"a": 0.5, "b": 2})

@@ -43,6 +43,8 @@ class Connection:
         if self.timeout <= 0 or self.retries < 0 or self.backoff < 0:
             raise InputError("the timeout of a server must be positive, and its retries and "
                              "backoff not negative")
+        if not (self.token.isascii() and self.token.strip().isprintable()):
+            raise InputError("the token of a server must be one line of ASCII")
 
     def call(self, path: str, body: dict | None = None) -> dict:
         """The JSON object that the server answers: to a POST of a body, or else to a GET.
