@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unipic_jax import cli_train
+from unipic_jax import cli_rewards, cli_train
 from unipic_jax.core.errors import InputError
 
 
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="write the token ids of the last answer")
 
     cli_train.add(command)
+    cli_rewards.add(command)
 
     for name, run, text in (("convert", _convert, "A released PyTorch folder to the JAX layout."),
                             ("export", _export, "A folder in the JAX layout to the released one.")):
