@@ -9,6 +9,6 @@ from unipic_jax.train.config import nano
 def get_config():
     config = nano(generate=1.0, edit=1.0)
     config.trained = ("transformer",)
-    config.steps = 2500
+    config.batch, config.steps = 32, 6400
     config.optimizer.learning_rate = 1e-3
     return config
