@@ -65,9 +65,7 @@ def test_row_02_03_mean_and_log_prob_equal_golden(kind, i, golden):
     assert np.abs(transition.advance(step, x, v, noise) - following).max() < 4e-6
     found = transition.log_prob(step, x, v, following)
     assert found.dtype == jnp.float32
-    # The last step has the deviation .0063, by which float32's rounding of x' is divided; no
-    # recipe trains it. Every other step is within the 2e-6.
-    assert np.abs(found - golden[f"{kind}/{i}/log_prob"]).max() < (2e-6 if i < 9 else 2e-5)
+    assert np.abs(found - golden[f"{kind}/{i}/log_prob"]).max() < 2e-6
 
 
 @pytest.mark.parametrize("i", range(9))
