@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from unipic_jax.core.errors import InputError
 
@@ -83,9 +84,14 @@ def advance(step: Steps, x: jax.Array, v: jax.Array, noise: jax.Array) -> jax.Ar
 
 def log_prob(step: Steps, x: jax.Array, v: jax.Array, following: jax.Array) -> jax.Array:
     """The log-probability [B] of `following` after x, the mean over all elements, float32; 0
-    where the step has no noise."""
-    error = jnp.square(following.astype(jnp.float32) - mean(step, x, v))
-    return step.constant - step.precision * error.mean(range(1, error.ndim))
+    where the step has no noise.
+
+    What goes in and the error are kept from being fused with anything around them, so that all
+    programs round alike and the ratio of equal policies is exactly 1.
+    """
+    x, v, following = lax.optimization_barrier((x, v, following))
+    error = lax.optimization_barrier(following.astype(jnp.float32) - mean(step, x, v))
+    return step.constant - step.precision * jnp.square(error).mean(range(1, error.ndim))
 
 
 def velocity_gap(v: jax.Array, other: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from unipic_jax.flow.transition import Steps, velocity_gap
@@ -57,15 +58,13 @@ def log_ratio(
 
 def grpo(
     cfg: Grpo, step: Steps, weight: jax.Array, advantage: jax.Array, log_prob: jax.Array,
-    v: jax.Array, v_reference: jax.Array | None, old: Anchor | None,
+    v: jax.Array, v_reference: jax.Array | None, old: Anchor,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss [B] at a step, and figures [B] by name.
 
-    log_prob, v: of the policy in training. `weight` is the step's, where noise counts. Without
-    `old` the policy is the old one itself: the ratio is 1, and its gradient that of log_prob.
+    log_prob, v: of the policy in training. `weight` is the step's, where noise counts. Where the
+    policy is the old one itself the ratio is 1, and its gradient that of log_prob.
     """
-    if old is None:
-        old = Anchor(lax.stop_gradient(log_prob), lax.stop_gradient(v))
     difference = log_prob - old.log_prob
     logarithm = log_ratio(cfg, step, log_prob, v, old)
     ratio = jnp.exp(logarithm)
@@ -86,9 +85,10 @@ def grpo(
     return loss, figures
 
 
-def noise_weights(steps: Steps) -> jax.Array:
-    """TempFlow-GRPO's weight [N] of each step: its noise, with mean 1 over all but the last."""
-    return steps.s / jnp.maximum(steps.s[:-1].mean(), jnp.finfo(jnp.float32).tiny)
+def noise_weights(steps: Steps) -> np.ndarray:
+    """TempFlow-GRPO's weight float32 [N] of each step: its noise, with mean 1 over all but the
+    last."""
+    return steps.s / np.maximum(steps.s[:-1].mean(), np.finfo(np.float32).tiny)
 
 
 def nft(
