@@ -158,13 +158,14 @@ def test_row_10_11_first_ratio_and_mismatch():
     trajectory, _, _, report = apart(PLAIN, begin(PLAIN))
     assert (report["ratio"] == 1).all()
     assert (report["log_ratio_max"] == 0).all()
-    assert not report["clip_above"].any() and not report["clip_below"].any()
+    assert not report["clip_above"].any()
+    assert not report["clip_below"].any()
     assert 0 <= report["mismatch"][0] <= report["mismatch_p99"][0] <= report["mismatch_max"][0]
     assert report["mismatch"][0] <= 1e-6
     shifted = trajectory.replace(log_prob=trajectory.log_prob + 0.5)
     reward = np.asarray(trajectory.latents).mean(1)
-    after, moved = functions(PLAIN)[1](begin(PLAIN), FROZEN, BATCH, shifted, reward,
-                                       np.ones(toy.B, bool), KEY)
+    _, moved = functions(PLAIN)[1](begin(PLAIN), FROZEN, BATCH, shifted, reward,
+                                   np.ones(toy.B, bool), KEY)
     np.testing.assert_allclose(moved["mismatch"], 0.5, rtol=1e-5)
     np.testing.assert_allclose(moved["loss"], report["loss"], atol=1e-7)
     several = apart(PARTS, begin(PARTS))[3]
@@ -183,7 +184,7 @@ def test_row_23_only_the_window_has_a_gradient():
 def test_row_19_masked_samples_are_dropped_ones():
     """Two groups of four that are not valid, whatever they have earned, and a batch without
     them; the collapsed group counts for nothing either."""
-    run, update, _ = functions(PLAIN)
+    update = functions(PLAIN)[1]
     state = begin(PLAIN)
     trajectory, reward, *_ = apart(PLAIN, state)
     out = np.repeat([False, True, False, True], toy.GROUP)
@@ -337,38 +338,31 @@ def test_settings_that_do_not_fit_are_refused():
 # Learning.
 
 @functools.cache
-def learned(kl, noise):
-    """Mean rewards of 50 steps and their standard errors; the reward is the latents' mean."""
-    case = Case(learn.Config(Grpo(kl=kl), ema=0.0), rollout.Config(noise=noise))
+def rise(kl):
+    """By how many standard errors the mean reward of 10 steps after 40 is above that of the policy
+    that they began from, on the same conditions and noise."""
+    case = Case(learn.Config(Grpo(kl=kl), ema=0.0), rollout.Config())
     optimizer = optax.adam(0.02)
-    _, _, whole = functions(case, optimizer)
-    start = jax.tree.map(jnp.asarray, FROZEN["initial"])
-    state = learn.new(case.how, start, optimizer)
-    draw = np.random.default_rng(0)
-    rewards = []
-    for _ in range(50):
+    run, _, whole = functions(case, optimizer)
+    state = untrained = begin(case, optimizer, FROZEN["initial"])
+    draw, rewards = np.random.default_rng(0), []
+    for n in range(50):
         c = draw.normal(size=(toy.B // toy.GROUP, 3)).astype(np.float32)
         batch = BATCH | {"positive": {"c": np.repeat(c, toy.GROUP, 0)}}
-        state, report = whole(state, FROZEN, batch, KEY)
-        rewards.append((float(report["reward"]), float(report["reward_std"])))
-    return np.array(rewards)
-
-
-def rise(rewards):
-    """Of the last ten steps over the first five, in standard errors."""
-    first, last = rewards[:5], rewards[-10:]
-    error = np.sqrt(np.square(first[:, 1]).mean() / (5 * toy.B)
-                    + np.square(last[:, 1]).mean() / (10 * toy.B))
-    return (last[:, 0].mean() - first[:, 0].mean()) / error
+        if n >= 40:
+            rewards.append([np.asarray(run(s, FROZEN, batch, KEY).latents).mean(1)
+                            for s in (state, untrained.replace(step=state.step))])
+        state, _ = whole(state, FROZEN, batch, KEY)
+    after, before = np.array(rewards).swapaxes(0, 1).reshape(2, -1)
+    return (after.mean() - before.mean()) / np.sqrt((after.var() + before.var()) / len(after))
 
 
 def test_row_29_it_learns():
-    assert rise(learned(0.0, 0.7)) > 5
+    assert rise(0.0) > 5
 
 
 def test_row_29_a_large_divergence_weight_holds_it():
-    assert abs(rise(learned(1e4, 0.7))) < 3
-    assert rise(learned(1e4, 0.7)) < 0.3 * rise(learned(0.0, 0.7))
+    assert abs(rise(1e4)) < 1
 
 
 def test_row_29_without_noise_it_does_not_learn():
