@@ -247,19 +247,21 @@ def test_row_25_resumed_is_the_same(tmp_path):
     case = Case(dataclasses.replace(PLAIN.how, ema=0.9, ema_every=2), PLAIN.sampling)
     adam = optax.adamw(1e-2)
     whole = functions(case, adam)[2]
-    straight = begin(case, adam)
-    for n in range(4):
-        straight, report = whole(straight, FROZEN, BATCH, KEY)
-        if n == 1:
-            with Checkpoints(tmp_path, every=1, keep=1, keep_every=0) as checkpoints:
-                checkpoints.save(2, straight, {}, force=True)
+    straight = jax.device_put(begin(case, adam), jax.devices()[0])  # as what is restored
     with Checkpoints(tmp_path, every=1, keep=1, keep_every=0) as checkpoints:
-        _, resumed, _ = checkpoints.restore(jax.eval_shape(lambda: begin(case, adam)))
+        for n in range(4):
+            straight, report = whole(straight, FROZEN, BATCH, KEY)
+            if n == 1:
+                checkpoints.save(2, straight, {}, force=True)
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), straight)
+    with Checkpoints(tmp_path, every=1, keep=1, keep_every=0) as checkpoints:
+        _, resumed, _ = checkpoints.restore(abstract)
     for _ in range(2):
         resumed, again = whole(resumed, FROZEN, BATCH, KEY)
     equal(resumed, straight)
     equal(again, report)
-    assert whole._cache_size() <= 2  # the restored state is placed, the first one is not
+    assert whole._cache_size() == 1
 
 
 def test_a_reward_that_is_not_finite_changes_only_the_counts():
