@@ -36,7 +36,8 @@ def by_hand(cfg, start):
         _, _, cx, cv, s, precision, constant, _ = (
             np.float64(a[i]) for a in (steps if inside else euler))
         v = toy.by_hand(TRAINED, FROZEN, BATCH, states[-1], i, cfg.guidance_scale)
-        noise = np.asarray(draws(jax.random.fold_in(noises, i), BATCH["id"])) if inside else 0.0
+        noise = np.asarray(draws(jax.random.fold_in(noises, i), BATCH["id"]), np.float64)
+        noise *= inside
         states.append(cx * states[-1] + cv * v + s * noise)
         log_probs.append(constant - precision * np.square(s * noise).mean(-1))
     return np.stack(states, 1), np.stack(log_probs, 1)
