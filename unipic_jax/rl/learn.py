@@ -85,14 +85,10 @@ def make_learn(
         raise InputError("DiffusionNFT trains without guidance")
     steps = transition.make(sampling.kind, sigmas, sampling.noise)
     velocity = rollouts.guided(policy, sampling)
-    off = None
-    if cfg.objective.kl:
-        adapterless = rollouts.guided(lambda _, *inputs: reference(*inputs), sampling)
-
-        def off(frozen, *inputs):
-            return lax.stop_gradient(adapterless(None, frozen, *inputs))
-
-    loss = (_nft if nft else _grpo)(cfg.objective, steps, velocity, off)
+    # Called as the policy is, with the weights in training for nothing.
+    fixed = rollouts.guided(lambda _, *inputs: reference(*inputs), sampling)
+    loss = (_nft if nft else _grpo)(
+        cfg.objective, steps, velocity, fixed if cfg.objective.kl else None)
     anchored = not nft and cfg.rounds > 1
 
     def items(part, key):
@@ -170,6 +166,11 @@ def _score(velocity, steps, params, frozen, sample, item):
     return transition.log_prob(step, item["x"], v, item["following"]), v
 
 
+def _still(reference, *inputs):
+    """The reference's velocity, where there is one, without a gradient."""
+    return None if reference is None else lax.stop_gradient(reference(None, *inputs))
+
+
 def _at(tree, index):
     return jax.tree.map(lambda a: jnp.asarray(a)[index], tree)
 
@@ -180,7 +181,7 @@ def _grpo(cfg, steps, velocity, reference):
     def loss(params, old, frozen, sample, item):
         step, weight = _at((steps, weights), item["index"])
         log_prob, v = _score(velocity, steps, params, frozen, sample, item)
-        v_reference = reference and reference(frozen, sample, item["x"], step.sigma)
+        v_reference = _still(reference, frozen, sample, item["x"], step.sigma)
         # Without an anchor the policy is the old one.
         anchor = item.get("anchor", lax.stop_gradient(Anchor(log_prob, v)))
         each, figures = objectives.grpo(
@@ -204,7 +205,7 @@ def _nft(cfg, steps, velocity, reference):
         x = (1 - s) * x0 + s * rollouts.normal(noise, sample["id"], x0.shape[1:])
         v = velocity(params, frozen, sample, x, sigma)
         v_old = lax.stop_gradient(velocity(old, frozen, sample, x, sigma))
-        v_reference = reference and reference(frozen, sample, x, sigma)
+        v_reference = _still(reference, frozen, sample, x, sigma)
         return objectives.nft(cfg, sample["advantage"], x0, x, sigma, v, v_old, v_reference)
 
     return loss
