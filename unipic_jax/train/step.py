@@ -53,31 +53,45 @@ def make_step(
 
         if micro_batches == 1:  # XLA is several times slower on a CPU inside a loop
             return one(_rows(batch), batch)
-        split = jax.tree.map(lambda x: _split(x, micro_batches), (_rows(batch), batch))
-        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
+        parts = jax.tree.map(lambda x: split(x, micro_batches), (_rows(batch), batch))
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
 
     def step(state: State, frozen: Tree, batch: Batch, key: jax.Array):
         gradient, each = gradients(state.params, frozen, batch,
                                    jax.random.fold_in(key, state.step))
         metrics = {name: jnp.mean(x) for name, x in each.items() if name != "sigma"}
-        metrics["grad_norm"] = optax.global_norm(gradient)
         metrics["learning_rate"] = schedule(state.step)
         if "sigma" in each:
             metrics |= _by_quarter(each["loss"], each["sigma"])
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-
-        updates, opt = optimizer.update(gradient, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = (params, opt, ema and _averaged(state.ema, params, state.step, ema))
-        old = (state.params, state.opt, ema and state.ema)
-        params, opt, mean = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        state = State(
-            step=state.step + 1, params=params, opt=opt, ema=mean if ema else None,
-            skipped=state.skipped + ~finite,
-            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1))
-        return state, metrics | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        state, more = advance(state, gradient, metrics["loss"], optimizer, ema=ema)
+        return state, metrics | more
 
     return step
+
+
+def advance(
+    state: State, gradient: Tree, loss: jax.Array, optimizer: optax.GradientTransformation, *,
+    ema: float = 0.0, ema_every: int = 1,
+) -> tuple[State, dict[str, jax.Array]]:
+    """The state after one update, and what to report of it.
+
+    Where the loss or the gradient is not finite nothing changes but the counts. The mean of the
+    parameters, where `ema` is not 0, takes in those after every `ema_every` steps.
+    """
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt = optimizer.update(gradient, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    mean = ema and _averaged(state.ema, params, state.step, ema, ema_every)
+    params, opt, mean = jax.tree.map(
+        lambda n, o: jnp.where(finite, n, o), (params, opt, mean),
+        (state.params, state.opt, ema and state.ema))
+    state = state.replace(
+        step=state.step + 1, params=params, opt=opt, ema=mean if ema else None,
+        skipped=state.skipped + ~finite,
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1))
+    return state, {"grad_norm": norm, "skipped": state.skipped,
+                   "skipped_in_row": state.skipped_in_row}
 
 
 def _rows(batch):
@@ -88,17 +102,19 @@ def _rows(batch):
     return rows if spec is None else jax.reshard(rows, P(spec[0]))
 
 
-def _split(x, parts):
-    """[B, ...] -> [parts, B / parts, ...]; each device's samples stay on it."""
+def split(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...], sample i in part i mod `parts`; each device's samples
+    stay on it."""
     spec, shape = meshes.spec_of(x), (len(x) // parts, parts, *x.shape[1:])
     out = None if spec is None else P(spec[0], None, *spec[1:])
     return jnp.reshape(x, shape, out_sharding=out).swapaxes(0, 1)
 
 
-def _averaged(mean, params, step, decay):
+def _averaged(mean, params, step, decay, every):
     """The mean with the parameters after this step; over the first steps a plain one."""
     decay = jnp.minimum(decay, (step + 1.0) / (step + 10.0))
-    return jax.tree.map(lambda m, p: m + (1 - decay) * (p - m), mean, params)
+    share = jnp.where((step + 1) % every == 0, 1 - decay, 0.0)
+    return jax.tree.map(lambda m, p: m + share * (p - m), mean, params)
 
 
 def _by_quarter(loss, sigma):
