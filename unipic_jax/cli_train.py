@@ -9,15 +9,18 @@ from unipic_jax.core.errors import InputError
 
 def add(command) -> None:
     """Declare the commands by `command(name, run, text)`, which gives a parser."""
-    sub = command("train", train, "Train a stage; the same command goes on where it was stopped.")
-    sub.add_argument("--config", required=True, metavar="F.py", help="the stage, a file of "
-                     "configs/; --config.a.b=VALUE sets a field of it")
-    sub.add_argument("--workdir", required=True, type=Path, metavar="DIR",
-                     help="for checkpoints, metrics, samples and, at the end, model/")
-    sub.add_argument("--distributed", action="store_true",
-                     help="this is one of several processes: on TPU pods, Kubernetes and Slurm "
-                     "JAX finds the others; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
-                     "and JAX_PROCESS_ID say where they are")
+    for name, run, text in (
+            ("train", train, "Train a stage"),
+            ("reinforce", reinforce, "Reinforce a trained model by a reward (Flow-GRPO)")):
+        sub = command(name, run, f"{text}; the same command goes on where it was stopped.")
+        sub.add_argument("--config", required=True, metavar="F.py", help="the stage, a file of "
+                         "configs/; --config.a.b=VALUE sets a field of it")
+        sub.add_argument("--workdir", required=True, type=Path, metavar="DIR",
+                         help="for checkpoints, metrics, samples and, at the end, model/")
+        sub.add_argument("--distributed", action="store_true",
+                         help="this is one of several processes: on TPU pods, Kubernetes and Slurm "
+                         "JAX finds the others; elsewhere JAX_COORDINATOR_ADDRESS, "
+                         "JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are")
 
     sub = command("score", _score, "Score a model on held-out scenes of the blocks world.")
     sub.add_argument("--model", metavar="DIR", default=argparse.SUPPRESS,
@@ -68,10 +71,20 @@ def _folders(sub):
 def train(args):
     from unipic_jax.train import loop
 
+    _run(args, loop.train)
+
+
+def reinforce(args):
+    from unipic_jax.rl import loop
+
+    _run(args, loop.reinforce)
+
+
+def _run(args, function):
     settings = _config(args)
     if args.distributed:
         _join()
-    if loop.train(settings, args.workdir):
+    if function(settings, args.workdir):
         print(args.workdir / "model")
 
 
@@ -82,7 +95,7 @@ def cache(args):
         print(f"{args.target / name}: {count} records")
 
 
-TAKE_FIELDS = (train, cache)  # the commands whose config takes any --config.field=VALUE
+TAKE_FIELDS = (train, reinforce, cache)  # the commands whose config takes any --config.field=VALUE
 
 
 def _config(args):

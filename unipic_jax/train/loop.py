@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
+from unipic_jax.core.params import Tree
 from unipic_jax.data import buckets, feed, pipeline, sources
 from unipic_jax.data.records import TASKS, BadRecord, Example
 from unipic_jax.train import cache, cost, evaluate, metrics, optimizer, output, stage, state, step
@@ -39,12 +41,13 @@ def train(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bool:
     if (workdir / "model").exists():
         log.info("%s holds the model already", workdir)
         return True
-    mesh = _mesh(config)
+    mesh = open_mesh(config)
     with jax.set_mesh(mesh):
         return _train(config, workdir, mesh, progress)
 
 
-def _mesh(config):
+def open_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of a config; InputError where it does not fit the devices or the batch."""
     try:
         mesh = meshes.make(**config.mesh)
     except ValueError as e:
@@ -60,7 +63,7 @@ def _mesh(config):
 def encode(config: ConfigDict, target: Path, *, contexts: bool, progress: bool = True) -> dict:
     """Write each source of the config with what the stage's frozen encoders make of it
     (`train.cache`), in a folder of its name in `target`; the counts. Raises as `train` does."""
-    mesh = _mesh(config)
+    mesh = open_mesh(config)
     with jax.set_mesh(mesh):
         here = stage.open_stage(config)
         _, frozen = stage.parameters(config, here, mesh)
@@ -83,6 +86,34 @@ def _train(config, workdir, mesh, progress) -> bool:
         here.loss, update, optimizer.schedule(timing, config.steps),
         micro_batches=config.micro_batches, ema=config.ema), donate_argnums=0)
 
+    def cost_of(batch):
+        return config.batch * cost.per_sample(config, here, batch)
+
+    end = run(config, here, now, frozen, advance, data.batches, data, workdir, mesh,
+              progress=progress, cost_of=cost_of)
+    if end is None:
+        return False
+    changes = {}
+    if config.objective == "reconstruction":
+        some = feed.prefetch(mesh, itertools.islice(data.batches(config.seed), SCALE_BATCHES))
+        changes["vae"] = evaluate.latent_scale(here, here.combine(weights(end), frozen), some)
+    output.write(config, here, weights(end), frozen, workdir / "model", changes)
+    return True
+
+
+def run(
+    config: ConfigDict, here: stage.Stage, now: state.State, frozen: Tree, advance: Callable,
+    batches: Callable, data: "Data", workdir: Path, mesh: jax.sharding.Mesh, *, progress: bool,
+    cost_of: Callable[[dict], float] | None = None,
+) -> state.State | None:
+    """Advance the state `now` to its end, or from the last checkpoint on; None where SIGTERM
+    stopped it.
+
+    `advance` is the jitted step (state, frozen, batch, key) -> (state, figures), and `batches` a
+    function (seed, start=step) -> (task, this host's arrays) from a step on; `cost_of` tells the
+    operations of a batch. `data` is what evaluation takes its examples from. Raises InputError
+    for a full disk, or where too many steps in a row were not finite.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
         first, extra = 0, {"seconds": 0.0}
@@ -94,7 +125,7 @@ def _train(config, workdir, mesh, progress) -> bool:
             configs.write(config, workdir / "config.json")
         began = time.monotonic() - extra["seconds"]
         key = jax.random.key(config.seed)
-        batches = feed.prefetch(mesh, data.batches(config.seed, start=first))
+        coming = feed.prefetch(mesh, batches(config.seed, start=first))
         draw = evaluate.drawer(config, here, mesh) if config.objective == "velocity" else None
         costs = {}
         with (stopping() as stop_at,
@@ -103,15 +134,15 @@ def _train(config, workdir, mesh, progress) -> bool:
 
             def report(step, now):
                 with writer.paused():
-                    evaluate.report(config, here, here.combine(_weights(now), frozen), draw,
+                    evaluate.report(config, here, here.combine(weights(now), frozen), draw,
                                     data, writer, step)
 
             if config.samples.at_start and first == 0:
                 report(0, now)
             for k in range(first, config.steps):
-                task, batch = next(batches)
-                if task not in costs:  # buckets differ little
-                    costs[task] = config.batch * cost.per_sample(config, here, batch)
+                task, batch = next(coming)
+                if cost_of and task not in costs:  # buckets differ little
+                    costs[task] = cost_of(batch)
                 now, figures = advance(now, frozen, batch, key)
                 last = writer.write(k + 1, figures, task)
                 if last and last["skipped_in_row"] >= config.max_skipped:
@@ -123,15 +154,10 @@ def _train(config, workdir, mesh, progress) -> bool:
                                  force=done or stop)
                 if stop and not done:
                     log.warning("stops at step %d; the same command goes on from there", k + 1)
-                    return False
+                    return None
                 if done or (k + 1) % config.samples.every == 0:
                     report(k + 1, now)
-    changes = {}
-    if config.objective == "reconstruction":
-        some = feed.prefetch(mesh, itertools.islice(data.batches(config.seed), SCALE_BATCHES))
-        changes["vae"] = evaluate.latent_scale(here, here.combine(_weights(now), frozen), some)
-    output.write(config, here, _weights(now), frozen, workdir / "model", changes)
-    return True
+    return now
 
 
 def _compare(before: str, now: str) -> None:
@@ -141,7 +167,8 @@ def _compare(before: str, now: str) -> None:
         log.warning("the config has changed since: %s", ", ".join(changed))
 
 
-def _weights(now):
+def weights(now: state.State) -> Tree:
+    """What is judged and written: the parameters' mean where there is one."""
     return now.params if now.ema is None else now.ema
 
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a cosine to zero, and gradients clipped by their norm."""
+"""AdamW with warm-up, usually a cosine to zero, and gradients clipped by their norm."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ class Config:
 
     learning_rate: float = 4e-5
     warmup: float = 0.01  # of all steps
+    cosine: bool = True  # after warm-up down to zero; or constant
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -20,8 +21,13 @@ class Config:
 
 
 def schedule(cfg: Config, steps: int) -> optax.Schedule:
-    """The learning rate over `steps` steps: linear from zero, then a half cosine to zero."""
-    warmup = max(1, round(cfg.warmup * steps))
+    """The learning rate over `steps` steps: linear from zero, then a half cosine to zero, or
+    constant."""
+    warmup = round(cfg.warmup * steps)
+    if not cfg.cosine:
+        rising = optax.linear_schedule(0.0, cfg.learning_rate, max(warmup, 1))
+        return rising if warmup else optax.constant_schedule(cfg.learning_rate)
+    warmup = max(1, warmup)
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, warmup, max(steps, warmup + 1))
 

@@ -1,0 +1,115 @@
+"""Whole runs of reinforcement learning on the smallest model: its config, reward, and resuming."""
+
+import contextlib
+import json
+
+import jax
+import micro
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from benchmarks import random_release
+from unipic_jax.convert import load
+from unipic_jax.core.errors import InputError
+from unipic_jax.model import read_part
+from unipic_jax.rl import config as configs
+from unipic_jax.rl import loop, recipe
+from unipic_jax.train import loop as train_loop
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The smallest model with an autoencoder of three levels, since blocks are of 48 pixels."""
+    root = micro.make_model(tmp_path_factory.mktemp("rl") / "model") / "kontext"
+    file = root / "vae/config.json"
+    raw = json.loads(file.read_text()) | {
+        "block_out_channels": [8, 8, 8], "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3}
+    file.write_text(json.dumps(raw))
+    for weights in file.parent.glob("*.safetensors"):
+        weights.unlink()
+    random_release.write_weights(read_part(file.parent), "kontext/vae", "F32", 0, False)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def brightness(monkeypatch):
+    """A reward that pictures of random weights differ in; as blocks they cannot be read."""
+    for task in recipe.REWARDS:
+        monkeypatch.setitem(recipe.REWARDS[task], "graded",
+                            lambda pictures, goal: pictures.mean((1, 2, 3)))
+
+
+def make_config(model, task, **changes):
+    config = configs.nano(task)
+    config.model, config.batch, config.steps = str(model), 16, 4
+    config.rl.group = 2
+    config.rl.sampling.update({"steps": 3, "window": 1, "place": "random"})
+    config.mesh = {"data": 2, "fsdp": 4, "tensor": 1}
+    config.optimizer.learning_rate = 1e-2
+    config.checkpoint.update({"every": 2, "keep": 9})
+    config.samples.update({"count": 0, "blocks": 0, "at_start": False})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def flat(folder):
+    return traverse_util.flatten_dict(load.read(read_part(folder / "model/transformer")))
+
+
+def figures(workdir, name):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
+def test_a_stopped_run_ends_as_the_unbroken_one(model, tmp_path, monkeypatch):
+    config = make_config(model, "edit", **{"rl.grpo.kl": 0.04, "lora.rank": 4})
+    assert loop.reinforce(config, tmp_path / "whole", progress=False)
+
+    @contextlib.contextmanager
+    def stopping():
+        yield lambda step: step == 2
+
+    with monkeypatch.context() as m:
+        m.setattr(train_loop, "stopping", stopping)
+        assert not loop.reinforce(config, tmp_path / "parts", progress=False)
+    assert loop.reinforce(config, tmp_path / "parts", progress=False)
+    whole, parts = (flat(tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    for name in ("reward", "loss", "grad_norm", "kl"):
+        assert figures(tmp_path / "whole", name) == figures(tmp_path / "parts", name)
+    # It has learned something, of rewards that differ, and moved away from the reference.
+    start = traverse_util.flatten_dict(load.read(read_part(model / "transformer")))
+    assert any(np.any(whole[k] != start[k]) for k in start)
+    assert max(figures(tmp_path / "whole", "group_std")) > 0
+    assert figures(tmp_path / "whole", "kl")[0] == 0
+    assert figures(tmp_path / "whole", "kl")[-1] > 0
+    assert (tmp_path / "whole/model/lora/transformer").is_dir()
+
+
+def test_all_weights_and_a_copy_as_reference(model, tmp_path):
+    config = make_config(model, "generate", **{"rl.grpo.kl": 0.04, "steps": 2,
+                                               "rl.sampling.guidance_scale": 2.0})
+    assert loop.reinforce(config, tmp_path / "run", progress=False)
+    assert figures(tmp_path / "run", "kl")[0] == 0
+    assert figures(tmp_path / "run", "kl")[1] > 0
+    assert figures(tmp_path / "run", "ratio") == [1, 1]
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"rl.task": "describe"}, "rl.task 'describe': choose from generate, edit"),
+    ({"rl.objective": "ppo"}, "rl.objective 'ppo': choose from grpo, nft"),
+    ({"rl.group": 3}, "a batch of 16 does not divide into groups of 3"),
+    ({"trained": ("vae",)}, "reinforcement trains the transformer")])
+def test_what_does_not_fit_is_said(model, tmp_path, changes, said):
+    with pytest.raises(InputError, match=said):
+        loop.reinforce(make_config(model, "edit", **changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_is_not_known(model, tmp_path):
+    config = make_config(model, "edit")
+    config.rl.reward["beauty"] = 1.0
+    with pytest.raises(InputError, match="rl.reward 'beauty': choose from graded, exact"):
+        loop.reinforce(config, tmp_path / "run", progress=False)

@@ -1,0 +1,50 @@
+"""The fields of a config of reinforcement learning: those of training, and a part `rl`."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from unipic_jax.rl import learn, objective, rollout
+from unipic_jax.train import config as configs
+
+
+def defaults() -> ConfigDict:
+    """UniPic 2.0's settings (section 3.2 of its report), and Flow-GRPO's where it is silent."""
+    config = configs.defaults()
+    config.trained = ("transformer",)
+    config.lora.update({"rank": 32, "alpha": 64.0})
+    config.batch = 256  # samples a rollout, of all groups
+    config.steps = 500  # rollouts
+    config.ema = 0.9
+    config.optimizer.update({"learning_rate": 3e-4, "warmup": 0.0, "cosine": False, "b2": 0.999,
+                             "weight_decay": 1e-4})
+    config.rl = {
+        "task": "edit",  # or "generate"
+        "group": 16,  # samples of a prompt
+        "reward": {"graded": 1.0},  # weights of `rl.recipe.REWARDS`
+        "sampling": dataclasses.asdict(rollout.Config()),
+        "objective": "grpo",  # or "nft"
+        "grpo": dataclasses.asdict(objective.Grpo()),
+        "nft": dataclasses.asdict(objective.Nft()),
+        "learn": {f.name: f.default for f in dataclasses.fields(learn.Config)
+                  if f.name not in ("objective", "ema", "micro_batches")},
+    }
+    return config
+
+
+def nano(task: str) -> ConfigDict:
+    """The defaults for the nano family on the blocks world, for a task."""
+    config, small = defaults(), configs.nano(generate=1.0, edit=1.0)
+    for name in ("data", "dtype", "save_dtype", "remat", "mesh"):
+        config[name] = small[name]
+    config.model = "nano"
+    config.rl.task = task
+    config.lora.rank = 0  # so few weights train whole
+    config.steps, config.log_every = 60, 1
+    config.ema = 0.0  # of so few updates
+    config.checkpoint.every = 20
+    config.optimizer.learning_rate = 2e-5
+    config.rl.grpo.kl = 0.0
+    config.rl.sampling.update({"steps": 8})
+    config.samples.update(dict(small.samples) | {"every": 30, "at_start": True})
+    return config
