@@ -341,11 +341,11 @@ def test_settings_that_do_not_fit_are_refused():
 # Learning.
 
 @functools.cache
-def rise(kl):
+def rise(kl, rate):
     """By how many standard errors the mean reward of 10 steps after 40 is above that of the policy
     that they began from, on the same conditions and noise."""
     case = Case(learn.Config(Grpo(kl=kl), ema=0.0), rollout.Config())
-    optimizer = optax.adam(0.02)
+    optimizer = optax.adam(rate)
     run, _, whole = functions(case, optimizer)
     state = untrained = begin(case, optimizer, FROZEN["initial"])
     draw, rewards = np.random.default_rng(0), []
@@ -361,11 +361,11 @@ def rise(kl):
 
 
 def test_row_29_it_learns():
-    assert rise(0.0) > 5
+    assert rise(0.0, 0.1) > 5
 
 
 def test_row_29_a_large_divergence_weight_holds_it():
-    assert abs(rise(1e4)) < 1
+    assert abs(rise(1e4, 0.02)) < 1
 
 
 def test_row_29_without_noise_it_does_not_learn():
