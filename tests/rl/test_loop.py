@@ -111,5 +111,5 @@ def test_what_does_not_fit_is_said(model, tmp_path, changes, said):
 def test_a_reward_that_is_not_known(model, tmp_path):
     config = make_config(model, "edit")
     config.rl.reward["beauty"] = 1.0
-    with pytest.raises(InputError, match="rl.reward 'beauty': choose from graded, exact"):
+    with pytest.raises(InputError, match=r"rl\.reward 'beauty': choose from graded, exact"):
         loop.reinforce(config, tmp_path / "run", progress=False)
