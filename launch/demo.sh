@@ -28,5 +28,5 @@ prompts, sources and results    $sheets
 the figures of every step       $out/run/metrics.jsonl, and TensorBoard's in $out/run
 the model, released layout      $out/released
 the picture and its edit        $out/source.png $out/edited.png
-What 1000 steps come to is above, by kind; the shipped model (--model nano) has had more of them.
+What 800 steps come to is above, by kind; the shipped model (--model nano) has had more of them.
 END

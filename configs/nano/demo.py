@@ -10,7 +10,7 @@ def get_config():
     config = nano(generate=1.0, edit=1.0)
     config.model = "nano"
     config.trained = config.fresh = ("transformer",)
-    config.batch, config.steps = 32, 1000
+    config.batch, config.steps = 32, 800
     config.ema = 0.99
-    config.samples.at_start = True
+    config.samples.update({"at_start": True, "blocks": 8})
     return config

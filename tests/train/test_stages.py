@@ -52,7 +52,8 @@ def opened(name: str, root):
     ("nano/autoencoder", {"vae"}), ("nano/language", {"mllm"}),
     ("nano/base", {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}),
     ("nano/kontext", {"transformer"}), ("nano/align", {"conditioner"}),
-    ("nano/unified", {"conditioner", "transformer"})])
+    ("nano/unified", {"conditioner", "transformer"}), ("nano/demo", {"transformer"}),
+    ("nano/rl_edit", {"transformer"}), ("nano/rl_generate", {"transformer"})])
 def test_what_trains_and_what_is_frozen(name, trained, released):
     root = micro.NANO if name.startswith("nano") else released
     config, here = opened(name, root)
