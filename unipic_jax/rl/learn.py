@@ -73,9 +73,9 @@ def make_learn(
 
     The gradient of an update is that of the mean over trained steps and samples, those of
     advantage 0 left out. `reference` is needed where the objective weighs a divergence from it.
-    With one update a rollout the ratio is 1 by construction; with more the old log-probabilities
-    are computed before the first by the training's own loops, and never taken from the rollout,
-    whose program rounds differently. Metrics are float32 [rounds], one an update, but for the
+    In the first update of a rollout the ratio is 1 by construction; for later ones the old
+    log-probabilities are computed before it by the training's own loops, and never taken from the
+    rollout, whose program rounds differently. Metrics are float32 [rounds], one an update, but for the
     counts of the state. Raises InputError for settings that do not fit each other.
     """
     if cfg.objective.kl and reference is None:
@@ -110,8 +110,9 @@ def make_learn(
 
         return lax.map(lambda part: lax.map(micro, part), parts)
 
-    def gradient(params, old, frozen, part, key):
-        """Of one update, with figures [M, w, b] of its samples at their steps."""
+    def gradient(params, old, frozen, part, key, first):
+        """Of one update, with figures [M, w, b] of its samples at their steps; `first` tells
+        whether it is the rollout's first."""
         count = jnp.maximum(part["sample"]["mask"].sum(), 1) * sampling.size
 
         def micro(total, now):
@@ -119,7 +120,7 @@ def make_learn(
 
             def one(total, item):
                 def mean(params):
-                    each, figures = loss(params, old, frozen, sample, item)
+                    each, figures = loss(params, old, frozen, sample, item | {"first": first})
                     return (sample["mask"] * each).sum() / count, {"loss": each} | figures
 
                 slope, figures = jax.grad(mean, has_aux=True)(params)
@@ -137,7 +138,8 @@ def make_learn(
 
         def one(state, now):
             part, key = now
-            slope, figures = gradient(state.params, old, frozen, part, key)
+            slope, figures = gradient(state.params, old, frozen, part, key,
+                                      state.step % cfg.rounds == 0)
             figures = _reduced(figures, part["sample"]["mask"])
             figures["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
             state, more = advance(state, slope, figures["loss"], optimizer, ema=cfg.ema,
@@ -182,8 +184,10 @@ def _grpo(cfg, steps, velocity, reference):
         step, weight = _at((steps, weights), item["index"])
         log_prob, v = _score(velocity, steps, params, frozen, sample, item)
         v_reference = _still(reference, frozen, sample, item["x"], step.sigma)
-        # Without an anchor the policy is the old one.
-        anchor = item.get("anchor", lax.stop_gradient(Anchor(log_prob, v)))
+        # In a rollout's first update the policy is the old one, whatever programs round.
+        own = lax.stop_gradient(Anchor(log_prob, v if cfg.guard else None))
+        anchor = jax.tree.map(lambda a, b: jnp.where(item["first"], a, b), own,
+                              item.get("anchor", own))
         each, figures = objectives.grpo(
             cfg, step, weight, sample["advantage"], log_prob, v, v_reference, anchor)
         mismatch = jnp.abs(anchor.log_prob - item["log_prob"])
