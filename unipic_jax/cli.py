@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("describe", _describe, "Answer questions about pictures.")
     sub.add_argument("--mllm", required=True, help="a folder of Qwen2.5-VL in the released or the "
-                     "JAX layout, hf://owner/name, or nano-qwen")
+                     "JAX layout, or hf://owner/name")
     sub.add_argument("--image", type=Path, action="append", default=[],
                      help="the picture; several are shown in order")
     sub.add_argument("--prompt", required=True, action="append",
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 def _drawing(sub):
     sub.add_argument("--model", required=True,
                      help="a folder in the released or the JAX layout, hf://owner/name, or nano: a "
-                     "small one that is shipped (nano-metaquery with --mllm nano-qwen)")
+                     "small one that is shipped")
     sub.add_argument("--mllm", metavar="DIR", help="Qwen2.5-VL, named as the model is: draw by "
                      "MetaQuery")
     sub.add_argument("--conditioner", metavar="DIR",

@@ -24,11 +24,9 @@ def add(command) -> None:
 
     sub = command("score", _score, "Score a model on held-out scenes of the blocks world.")
     sub.add_argument("--model", metavar="DIR", default=argparse.SUPPRESS,
-                     help="draw and edit with it (nano, nano-metaquery, a folder in either layout, "
-                     "hf://...)")
+                     help="draw and edit with it (nano, a folder in either layout, hf://...)")
     sub.add_argument("--mllm", metavar="DIR", default=argparse.SUPPRESS,
-                     help="draw by MetaQuery or, without --model, answer questions with it "
-                     "(nano-qwen, a folder, hf://...)")
+                     help="draw by MetaQuery or, without --model, answer questions with it")
     sub.add_argument("--conditioner", metavar="DIR", default=argparse.SUPPRESS,
                      help="of MetaQuery, where it is not in the model's folder")
     sub.add_argument("--per-kind", type=int, default=64, help="scenes of each kind")

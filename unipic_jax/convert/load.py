@@ -13,14 +13,11 @@ from unipic_jax.core.errors import InputError
 from unipic_jax.model import Part, config_file, read_part
 
 HUB = "hf://"
-NANO = Path(__file__).parents[1] / "nano"
-SHIPPED = {  # the trained nano family, by what it is called
-    "nano": NANO / "kontext", "nano-metaquery": NANO / "metaquery",
-    "nano-qwen": NANO / "qwen2_5_vl"}
+SHIPPED = {"nano": Path(__file__).parents[1] / "nano/kontext"}  # what comes with the package
 
 
 def find(model: str) -> Path:
-    """The folder of a model: one of `SHIPPED`, a path, or `hf://owner/name` brought by
+    """The folder of a model: a name of `SHIPPED`, a path, or `hf://owner/name` brought by
     huggingface_hub.
 
     Raises InputError where there is none.

@@ -75,8 +75,8 @@ def make_learn(
     advantage 0 left out. `reference` is needed where the objective weighs a divergence from it.
     In the first update of a rollout the ratio is 1 by construction; for later ones the old
     log-probabilities are computed before it by the training's own loops, and never taken from the
-    rollout, whose program rounds differently. Metrics are float32 [rounds], one an update, but for the
-    counts of the state. Raises InputError for settings that do not fit each other.
+    rollout, whose program rounds differently. Metrics are float32 [rounds], one an update, but for
+    the counts of the state. Raises InputError for settings that do not fit each other.
     """
     if cfg.objective.kl and reference is None:
         raise InputError("a divergence from the reference is weighed, and there is no reference")
