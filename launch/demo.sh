@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A tour: a small Kontext model is trained to draw and to edit, goes to the released layout, and the
-# copy there edits a picture. Usage: launch/demo.sh DIR
+# A tour: a small text-to-image model is trained to edit, goes to the released layout, and the copy
+# there edits a picture. Usage: launch/demo.sh DIR
 set -euo pipefail
 out=${1:-demo}
 rm -rf "$out" && mkdir -p "$out"
@@ -8,8 +8,10 @@ source "$(dirname "$0")/cpu.sh"
 step() { printf '\n== %s\n' "$*"; }
 run() { printf '$ %s\n' "$*" && "$@"; }
 
-step "A transformer from nothing, on the shipped autoencoder and text encoders"
-run unipic train --config configs/nano/demo.py --workdir "$out/run"
+step "A model that draws and cannot edit learns to; its autoencoder and text encoders are frozen"
+nano=$(dirname "$0")/../unipic_jax/nano
+cp -r "$nano/kontext" "$out/base" && cp -r "$nano/base/transformer" "$out/base"
+run unipic train --config configs/nano/demo.py --workdir "$out/run" --config.model="$out/base"
 
 step "To the released layout"
 run unipic export --from "$out/run/model" --to "$out/released" --dtype bfloat16

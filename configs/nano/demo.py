@@ -1,6 +1,6 @@
-"""A Kontext transformer from nothing, on the autoencoder and text encoders of the shipped model.
+"""A few minutes of stage B on nano: the shipped text-to-image model learns to edit.
 
-    unipic train --config configs/nano/demo.py --workdir DIR
+    unipic train --config configs/nano/demo.py --workdir DIR --config.model=BASE
 """
 
 from unipic_jax.train.config import nano
@@ -8,8 +8,7 @@ from unipic_jax.train.config import nano
 
 def get_config():
     config = nano(generate=1.0, edit=1.0)
-    config.model = "nano"
-    config.trained = config.fresh = ("transformer",)
+    config.trained = ("transformer",)
     config.batch, config.steps = 32, 800
     config.ema = 0.99
     config.samples.update({"at_start": True, "blocks": 8})

@@ -42,6 +42,7 @@ def nano(task: str) -> ConfigDict:
     config.lora.rank = 0  # so few weights train whole
     config.steps, config.log_every = 60, 1
     config.ema = 0.0  # of so few updates
+    config.micro_batches = 4  # of 64 samples
     config.checkpoint.every = 20
     config.optimizer.learning_rate = 2e-5
     config.rl.grpo.kl = 0.0
