@@ -18,9 +18,9 @@ run unipic export --from "$out/run/model" --to "$out/released" --dtype bfloat16
 
 step "A picture from the shipped model, and an edit of it by the one that was just trained"
 run unipic generate --model nano --prompt "a red square and a blue circle on a white background" \
-    --height 48 --width 48 --steps 20 --guidance-scale 2 --output "$out/source.png"
+    --height 48 --width 48 --steps 20 --guidance-scale 1.5 --output "$out/source.png"
 run unipic edit --model "$out/released" --prompt "make the background black" \
-    --image "$out/source.png" --image-size 48 --steps 20 --guidance-scale 2 \
+    --image "$out/source.png" --image-size 48 --steps 20 --guidance-scale 1.5 \
     --output "$out/edited.png"
 
 step "Done"

@@ -31,7 +31,7 @@ def add(command) -> None:
                      help="of MetaQuery, where it is not in the model's folder")
     sub.add_argument("--per-kind", type=int, default=64, help="scenes of each kind")
     sub.add_argument("--steps", type=int, default=20, help="denoising steps")
-    sub.add_argument("--guidance-scale", type=float, default=2.0, help="off at 1 and below")
+    sub.add_argument("--guidance-scale", type=float, default=1.5, help="off at 1 and below")
     sub.add_argument("--json", type=Path, metavar="F", default=argparse.SUPPRESS,
                      help="write the scores, and what they were measured with")
 

@@ -69,7 +69,7 @@ def nano(**shares: float) -> ConfigDict:
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.log_every = 20
     config.checkpoint.every = 500
-    config.samples.update({"every": 1000, "steps": 20, "guidance_scale": 2.0, "blocks": 16})
+    config.samples.update({"every": 1000, "steps": 20, "guidance_scale": 1.5, "blocks": 16})
     return config
 
 
