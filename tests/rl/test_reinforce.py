@@ -44,7 +44,7 @@ def brightness(monkeypatch):
 def make_config(model, task, **changes):
     config = configs.nano(task)
     config.model, config.batch, config.steps = str(model), 16, 4
-    config.rl.group = 2
+    config.rl.group, config.micro_batches = 2, 1
     config.rl.sampling.update({"steps": 3, "window": 1, "place": "random"})
     config.mesh = {"data": 2, "fsdp": 4, "tensor": 1}
     config.optimizer.learning_rate = 1e-2
