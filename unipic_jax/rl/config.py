@@ -9,7 +9,7 @@ from unipic_jax.train import config as configs
 
 
 def defaults() -> ConfigDict:
-    """UniPic 2.0's settings (section 3.2 of its report), and Flow-GRPO's where it is silent."""
+    """UniPic 2.0's settings, and Flow-GRPO's where it is silent."""
     config = configs.defaults()
     config.trained = ("transformer",)
     config.lora.update({"rank": 32, "alpha": 64.0})

@@ -29,7 +29,7 @@ Reference = Callable[[Tree, Tree, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How a rollout is learned from; the defaults are UniPic 2.0's (section 3.2 of its report),
+    """How a rollout is learned from; the defaults are UniPic 2.0's,
     and Flow-GRPO's where it is silent."""
 
     objective: Grpo | Nft = dataclasses.field(default_factory=Grpo)

@@ -28,7 +28,7 @@ PLACES = ("fixed", "random", "moving")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How samples are drawn; the defaults are UniPic 2.0's (section 3.2 of its report), with
+    """How samples are drawn; the defaults are UniPic 2.0's, with
     Flow-GRPO's guidance off."""
 
     steps: int = 10
