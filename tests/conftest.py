@@ -21,6 +21,7 @@ import micro  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from benchmarks import random_release  # noqa: E402
 from unipic_jax.convert import load  # noqa: E402
 from unipic_jax.model import read_part  # noqa: E402
 
@@ -66,6 +67,28 @@ def kontext():
 def micro_model(tmp_path_factory):
     """The folder of the model that `micro` describes."""
     return micro.make_model(tmp_path_factory.mktemp("micro") / "model")
+
+
+@pytest.fixture(scope="session")
+def blocks_model(tmp_path_factory):
+    """The smallest model with an autoencoder of three levels, since blocks are of 48 pixels."""
+    root = micro.make_model(tmp_path_factory.mktemp("rl") / "model") / "kontext"
+    file = root / "vae/config.json"
+    raw = json.loads(file.read_text()) | {
+        "block_out_channels": [8, 8, 8], "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3}
+    file.write_text(json.dumps(raw))
+    for weights in file.parent.glob("*.safetensors"):
+        weights.unlink()
+    random_release.write_weights(read_part(file.parent), "kontext/vae", "F32", 0, False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """The folder of the model that `full_size` describes."""
+    import full_size
+    return full_size.make(tmp_path_factory.mktemp("released") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ CHANGES = {  # to the nano family's configs
         "rope_scaling": {"mrope_section": [2, 3, 3], "type": "mrope"},
         "vision_config": {"depth": 2, "fullatt_block_indexes": [1], "hidden_size": 32,
                           "intermediate_size": 32, "out_hidden_size": 64}},
+    "judge": {"hidden_size": 64},
 }
 
 
@@ -81,9 +82,9 @@ def get_config(stage: str = "kontext"):
 
 def point(config, root: Path):
     """The same config with the parts of the model in `root`."""
-    if config.objective != "answer":
+    if config.objective not in ("answer", "judgement"):
         config.model = str(root / "kontext")
-    if config.objective == "answer" or "conditioner" in config.trained:
+    if config.objective in ("answer", "judgement") or "conditioner" in config.trained:
         config.mllm = str(root / "metaquery/qwen2_5_vl")
     if "conditioner" in config.trained:
         config.conditioner = str(root / "metaquery/conditioner")

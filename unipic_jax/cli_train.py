@@ -60,6 +60,16 @@ def add(command) -> None:
                      help="ArrayRecord shards, or a TFDS data set")
 
 
+    sub = command("scored-edits", _scored_edits, "Edits of blocks by a model, with their scores: "
+                  "what a judge of edits learns from.")
+    sub.add_argument("--model", required=True, metavar="DIR", help="the model that edits")
+    sub.add_argument("--count", type=int, required=True)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--held-out", action="store_true", help="of scenes that no training has seen")
+    sub.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR",
+                     help="a new folder of shards; it appears when all is written")
+
+
 def _folders(sub):
     sub.add_argument("--from", dest="source", required=True, type=Path, metavar="DIR")
     sub.add_argument("--to", dest="target", required=True, type=Path, metavar="DIR",
@@ -187,6 +197,17 @@ def _blocks(args):
     source = sources.open_source({"kind": "blocks", "task": args.task, "seed": args.seed,
                                   "length": args.count})
     _report(importers.write_source(source, args.target, args.kind), args.target)
+
+
+def _scored_edits(args):
+    from unipic_jax.cli import keep_programs
+    from unipic_jax.rl import scored
+
+    if args.count < 1:
+        raise InputError("--count must be at least 1")
+    keep_programs()
+    scored.write(args.model, args.count, args.target, seed=args.seed, held_out=args.held_out)
+    print(args.target)
 
 
 def _report(report, target):

@@ -9,7 +9,15 @@ from unipic_jax.core import params
 from unipic_jax.core.config import read_json
 from unipic_jax.core.errors import InputError
 from unipic_jax.flow import schedule
-from unipic_jax.models import autoencoder, clip_text, connector, mmdit, qwen2_5_vl, t5_encoder
+from unipic_jax.models import (
+    autoencoder,
+    clip_text,
+    connector,
+    edit_judge,
+    mmdit,
+    qwen2_5_vl,
+    t5_encoder,
+)
 
 CLASSES = {  # the class that a config.json names -> the module that stands for it
     "SD3Transformer2DKontextModel": mmdit,
@@ -19,6 +27,7 @@ CLASSES = {  # the class that a config.json names -> the module that stands for 
     "T5EncoderModel": t5_encoder,
     "StableDiffusion3Conditioner": connector,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
+    "EditJudge": edit_judge,
     "FlowMatchEulerDiscreteScheduler": schedule,
 }
 CONFIG_FILES = ("config.json", "scheduler_config.json")

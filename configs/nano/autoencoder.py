@@ -11,7 +11,7 @@ def get_config():
     config.objective = "reconstruction"
     config.model = "configs/nano/model/kontext"
     config.trained = config.fresh = ("vae",)
-    config.batch, config.steps = 8, 7000
+    config.batch, config.steps = 8, 5000
     config.ema = 0.995
     config.optimizer.learning_rate = 2e-3
     return config

@@ -11,7 +11,7 @@ def get_config():
     config.objective = "answer"
     config.mllm = "configs/nano/model/metaquery/qwen2_5_vl"
     config.trained = config.fresh = ("mllm",)
-    config.data.text_tokens = 40  # descriptions are longer than captions
+    config.data.text_tokens = 48  # descriptions are longer than captions
     config.steps = 4000
     config.optimizer.learning_rate = 1e-3
     return config

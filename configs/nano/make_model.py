@@ -192,7 +192,7 @@ def qwen_config(special: dict[str, int]) -> dict:
         "initializer_range": 0.02, "intermediate_size": 256, "max_position_embeddings": 4096,
         "max_window_layers": 4, "model_type": "qwen2_5_vl", "num_attention_heads": 4,
         "num_hidden_layers": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-        "rope_scaling": {"mrope_section": [4, 6, 6], "type": "mrope"}, "rope_theta": 1e6,
+        "rope_scaling": {"mrope_section": [4, 6, 6], "type": "mrope"}, "rope_theta": 10.0,
         "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "use_cache": True, "use_sliding_window": False,
         "video_token_id": special["<|video_pad|>"],
@@ -226,7 +226,7 @@ CONFIGS = {  # of what does not depend on a tokenizer, by file
     "kontext/scheduler/scheduler_config.json": {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.35.1",
         "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096,
-        "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+        "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 6.0,
         "use_dynamic_shifting": False},
     "metaquery/conditioner/config.json": {
         "_class_name": "StableDiffusion3Conditioner", "_diffusers_version": "0.35.1",
@@ -234,6 +234,7 @@ CONFIGS = {  # of what does not depend on a tokenizer, by file
                              "num_attention_heads": 2, "num_hidden_layers": 2},
         "joint_attention_dim": 128, "llm_hidden_size": 128, "num_queries": 16,
         "pooled_projection_dim": 128},
+    "judge/config.json": {"_class_name": "EditJudge", "hidden_size": 128},
     # A picture of 48x48 is seen at 42x42: 6x6 patches, 3x3 tokens, one for each cell.
     "metaquery/qwen2_5_vl/preprocessor_config.json": {
         "image_mean": [0.48145466, 0.4578275, 0.40821073],

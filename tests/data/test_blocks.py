@@ -308,14 +308,32 @@ def test_examples_are_a_function_of_seed_and_index(task):
 
 def test_kinds_are_drawn_alike_and_evaluations_are_ordered():
     for task, kinds in blocks.KINDS.items():
-        drawn = [blocks.sample(task, 0, i).kind for i in range(700)]
-        assert min(map(drawn.count, kinds)) > 0.6 * 700 / len(kinds)
+        drawn = [s.kind for i in range(900) if (s := blocks.sample(task, 0, i)).kind in kinds]
+        assert min(map(drawn.count, kinds)) > 0.6 * len(drawn) / len(kinds)
         e = blocks.evaluation(task, 2)
         assert e.kind.tolist() == np.repeat(np.arange(len(kinds)), 2).tolist()
         again = blocks.evaluation(task, 2)
         assert e.text == again.text
         assert e.text != blocks.evaluation(task, 2, seed=1).text
         assert (e.answer is None) == (task != "describe")
+
+
+def test_half_of_the_training_questions_are_prompts_with_descriptions_of_their_targets():
+    samples = [blocks.question(7, i) for i in range(400)]
+    asked = [s for s in samples if s.example.target is not None]
+    assert 0.4 < len(asked) / len(samples) < 0.6
+    edits = [s for s in asked if s.example.source is not None]
+    assert 0.4 < len(edits) / len(asked) < 0.6
+    read, _ = detect(jnp.asarray(np.stack([s.example.target for s in asked]) / 255, jnp.float32))
+    for i, s in enumerate(asked):
+        scene = jax.tree.map(lambda a: np.asarray(a)[i], read)  # noqa: B023
+        assert not scenes.is_held_out(scene)
+        assert s.example.task == "describe"
+        task = "generate" if s.example.source is None else "edit"
+        assert s.kind in blocks.KINDS[task]
+        assert s.example.answer == answer(scene, "Describe the picture.")
+        if task == "generate":
+            assert satisfies(scene, s.example.text)
 
 
 def test_the_vocabulary_is_small():

@@ -89,7 +89,7 @@ def test_bad_records_say_what_is_wrong():
              "its fields are not"),
             (msgpack.packb(fields | {"text": 3}), "its text is of type int"),
             (msgpack.packb(fields | {"target": None}), "neither a target picture nor an answer"),
-            (msgpack.packb(fields | {"answer": "yes"}), "an answer but no source"),
+            (msgpack.packb(fields | {"answer": "yes", "target": None}), "it has no picture"),
             (msgpack.packb(fields | {"target": noise[:len(noise) // 2]}),
              "its target cannot be read as a picture: image file is truncated"),
             (msgpack.packb(fields | {"target": b"poem"}), "its target cannot be read as a pic")):

@@ -1,36 +1,23 @@
 """Whole runs of reinforcement learning on the smallest model: its config, reward, and resuming."""
 
 import contextlib
-import json
 
 import jax
-import micro
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from benchmarks import random_release
+from runs import figures, flat, make_config
 from unipic_jax.convert import load
 from unipic_jax.core.errors import InputError
 from unipic_jax.model import read_part
-from unipic_jax.rl import config as configs
 from unipic_jax.rl import loop, recipe
 from unipic_jax.train import loop as train_loop
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The smallest model with an autoencoder of three levels, since blocks are of 48 pixels."""
-    root = micro.make_model(tmp_path_factory.mktemp("rl") / "model") / "kontext"
-    file = root / "vae/config.json"
-    raw = json.loads(file.read_text()) | {
-        "block_out_channels": [8, 8, 8], "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "up_block_types": ["UpDecoderBlock2D"] * 3}
-    file.write_text(json.dumps(raw))
-    for weights in file.parent.glob("*.safetensors"):
-        weights.unlink()
-    random_release.write_weights(read_part(file.parent), "kontext/vae", "F32", 0, False)
-    return root
+@pytest.fixture
+def model(blocks_model):
+    return blocks_model
 
 
 @pytest.fixture(autouse=True)
@@ -39,28 +26,6 @@ def brightness(monkeypatch):
     for task in recipe.REWARDS:
         monkeypatch.setitem(recipe.REWARDS[task], "graded",
                             lambda pictures, goal: pictures.mean((1, 2, 3)))
-
-
-def make_config(model, task, **changes):
-    config = configs.nano(task)
-    config.model, config.batch, config.steps = str(model), 16, 4
-    config.rl.group, config.micro_batches = 2, 1
-    config.rl.sampling.update({"steps": 3, "window": 1, "place": "random"})
-    config.mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    config.optimizer.learning_rate = 1e-2
-    config.checkpoint.update({"every": 2, "keep": 9})
-    config.samples.update({"count": 0, "blocks": 0, "at_start": False})
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def flat(folder):
-    return traverse_util.flatten_dict(load.read(read_part(folder / "model/transformer")))
-
-
-def figures(workdir, name):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)[name] for line in lines]
 
 
 def test_a_stopped_run_ends_as_the_unbroken_one(model, tmp_path, monkeypatch):

@@ -172,6 +172,44 @@ def test_weight_decay_is_decoupled():
     np.testing.assert_allclose(change["w"], [-0.5 * 0.2 * 2, 0.5 * 0.2 * 1], rtol=1e-6)
 
 
+def test_muon_equals_optax():
+    """Kernels of layers, of a convolution and alone; and AdamW for all else, and the head."""
+    cfg = optimizer.Config(learning_rate=0.1, warmup=0.0, cosine=False, clip=1e9, muon=True)
+    shapes = {"layers": {"kernel": (2, 6, 4), "bias": (2, 4)}, "conv": {"kernel": (3, 3, 2, 5)},
+              "one": {"kernel": (4, 7)}, "head": {"kernel": (4, 9)}}
+    into = {"layers": -2, "conv": (0, 1, 2), "one": -2}
+
+    def matrix(path, _):
+        names = [part.key for part in path]
+        if names[-1] == "bias" or names[0] == "head":
+            return None
+        return optax.contrib.MuonDimensionNumbers(into[names[0]], -1)
+
+    def draw(key):
+        leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda s: isinstance(s, tuple))
+        return tree.unflatten([jax.random.normal(jax.random.fold_in(key, i), shape)
+                               for i, shape in enumerate(leaves)])
+
+    theirs = optax.contrib.muon(
+        0.1, weight_decay=cfg.weight_decay, adam_b1=cfg.b1, adam_b2=cfg.b2, consistent_rms=0.2,
+        adam_weight_decay=cfg.weight_decay, nesterov=False,
+        muon_weight_dimension_numbers=lambda p: jax.tree.map_with_path(matrix, p))
+    ours, params = optimizer.make(cfg, 10), draw(jax.random.key(0))
+    memory, momentum = ours.init(params), jax.tree.map(jnp.zeros_like, params)
+    for step in range(3):
+        gradient = draw(jax.random.key(step + 1))
+        momentum = jax.tree.map(lambda m, g: 0.95 * m + g, momentum, gradient)
+        ahead = jax.tree.map(lambda m, g: 0.95 * m + g, momentum, gradient)
+        change, memory = ours.update(gradient, memory, params)
+        # Of the first step the momentum is the gradient; and only its direction counts.
+        want, _ = theirs.update(ahead, theirs.init(params), params)
+        for name in into:
+            np.testing.assert_allclose(change[name]["kernel"], want[name]["kernel"], atol=2e-5)
+        if step == 0:
+            np.testing.assert_allclose(change["head"]["kernel"], want["head"]["kernel"], rtol=1e-4)
+            np.testing.assert_allclose(change["layers"]["bias"], want["layers"]["bias"], rtol=1e-4)
+
+
 def test_losses_by_quarter(batch):
     run = toy_step(optax.sgd(0.1))
     _, report = run(state.new(weights(), optax.sgd(1.0), ema=False), FROZEN, batch, KEY)

@@ -50,6 +50,14 @@ def check(parts: Mapping[str, Part]) -> None:
     qwen_chat.open_chat(mllm.folder)
 
 
+def conversation(text: str, picture: Image.Image | None) -> qwen_chat.Conversation:
+    """What is said to Qwen for a prompt to draw from, or to edit a picture by."""
+    if picture is None:
+        return [{"role": "user", "content": PREFIX + text}]
+    return [{"role": "user", "content": [{"type": "image", "image": picture},
+                                         {"type": "text", "text": text}]}]
+
+
 def prepare(
     chat: qwen_chat.Chat, cfg: qwen.Config, num_queries: int, prompts: Sequence[str],
     pictures: Sequence[Image.Image] | None = None, *, three_axis_rope: bool = False,
@@ -63,14 +71,11 @@ def prepare(
     after it; `three_axis_rope` and `newline` do what Qwen was trained with. `length` is S, by
     default what the longest prompt needs.
     """
-    if pictures is None:
-        chats = [[{"role": "user", "content": PREFIX + text}] for text in prompts]
-        images = None
-    else:
-        chats = [[{"role": "user", "content": [
-            {"type": "image", "image": picture},
-            {"type": "text", "text": "\n" * newline + text}]}]
-            for text, picture in zip(prompts, pictures, strict=True)]
+    shown = [None] * len(prompts) if pictures is None else pictures
+    chats = [conversation("\n" * newline * bool(picture) + text, picture)
+             for text, picture in zip(prompts, shown, strict=True)]
+    images = None
+    if pictures is not None:
         width, height = pictures[0].size
         pixels = int(height * 28 / 32 * width * 28 / 32)
         images = dataclasses.replace(chat.images, min_pixels=pixels, max_pixels=pixels)

@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from unipic_jax.core import config, images
+from unipic_jax.core import config, images, ops
 from unipic_jax.core.errors import InputError
 
 # The processors of transformers that compute this, by the names of several generations.
@@ -107,3 +109,19 @@ def preprocess(cfg: Config, pictures: Sequence[Image.Image]) -> tuple[np.ndarray
         patches.append(x.reshape(h * w, -1))
         grid.append((1, h, w))
     return np.concatenate(patches), np.array(grid, np.int64).reshape(-1, 3)
+
+
+def patches(cfg: Config, pictures: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Pictures [B, H, W, 3] in [0, 1] -> the patches float32 [B, n, 3 * frames * P * P] that
+    `preprocess` makes of each at (height, width) `size`; inside a program, where the resampling
+    rounds a little otherwise than PIL's."""
+    P, M, (height, width) = cfg.patch_size, cfg.merge_size, size
+    mean, std = (np.array(a, np.float32) for a in (cfg.image_mean, cfg.image_std))
+    x = pictures.astype(jnp.float32)
+    x = jax.image.resize(x, (len(x), height, width, 3), "bicubic")
+    x = jnp.round(jnp.clip(x, 0, 1) * 255) * cfg.rescale_factor
+    x = (x - mean) / std
+    h, w = height // P, width // P
+    x = ops.reshape(x, len(x), h // M, M, P, w // M, M, P, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
+    x = jnp.repeat(x[:, :, :, :, :, :, None], cfg.temporal_patch_size, 6)
+    return ops.reshape(x, len(x), h * w, 3 * cfg.temporal_patch_size * P * P)

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from unipic_jax.models import autoencoder, clip_text, connector, mmdit, qwen2_5_vl, t5_encoder
+from unipic_jax.models import (
+    autoencoder,
+    clip_text,
+    connector,
+    edit_judge,
+    mmdit,
+    qwen2_5_vl,
+    t5_encoder,
+)
 
 FORMS = {  # name -> (from the release, back): both are views
     "same": (lambda a: a, lambda a: a),
@@ -202,8 +210,12 @@ def _qwen2_5_vl(cfg: qwen2_5_vl.Config) -> Iterable[Rule]:
         yield from _leaves("head", "lm_head", bias=False)
 
 
+def _edit_judge(cfg: edit_judge.Config) -> Iterable[Rule]:
+    yield from _leaves("score", "score")
+
+
 TABLES = {mmdit: _mmdit, autoencoder: _autoencoder, clip_text: _clip_text, t5_encoder: _t5_encoder,
-          connector: _connector, qwen2_5_vl: _qwen2_5_vl}
+          connector: _connector, qwen2_5_vl: _qwen2_5_vl, edit_judge: _edit_judge}
 
 # Names of another generation of the same files, by prefix; the first that fits is replaced.
 PREFIXES = {qwen2_5_vl: (("model.visual.", "visual."), ("model.language_model.", "model."))}

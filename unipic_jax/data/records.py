@@ -40,7 +40,8 @@ def _task(record) -> str:
 class Example:
     """A picture to draw from a caption, an edit to make, or a question to answer.
 
-    Pictures are uint8 [H, W, 3].
+    Of a caption or an edit, an answer is a description of its target, to be given by a language
+    model that does not see that. Pictures are uint8 [H, W, 3].
     """
 
     name: str  # says in a log where it came from
@@ -82,10 +83,10 @@ def check(record: Record) -> None:
                         ("source", bytes | None), ("answer", str | None)):
         if not isinstance(getattr(record, field), kind):
             raise BadRecord(f"its {field} is of type {type(getattr(record, field)).__name__}")
-    if record.task == "describe" and record.source is None:
-        raise BadRecord("it has an answer but no source picture")
-    if record.task != "describe" and record.target is None:
+    if record.answer is None and record.target is None:
         raise BadRecord("it has neither a target picture nor an answer")
+    if record.source is None and record.target is None:
+        raise BadRecord("it has no picture")
 
 
 def size(picture: bytes, what: str) -> tuple[int, int]:

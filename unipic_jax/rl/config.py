@@ -21,7 +21,13 @@ def defaults() -> ConfigDict:
     config.rl = {
         "task": "edit",  # or "generate"
         "group": 16,  # samples of a prompt
-        "reward": {"graded": 1.0},  # weights of `rl.recipe.REWARDS`
+        "prompts": "",  # a file of JSON lines (`rl.prompts`); else those of the blocks world
+        # Weights of rewards: of `rl.recipe.REWARDS` or, where there is a server, of its scores.
+        "reward": {"graded": 1.0},
+        # Of a scoring server; or with `model` of a service that has this vision model to judge.
+        "server": {"url": "", "model": "", "timeout": 60.0, "retries": 3, "batch": 16,
+                   "requests": 8},
+        "chunks": 4,  # parts of a rollout that are sampled while the server scores those before
         "sampling": dataclasses.asdict(rollout.Config()),
         "objective": "grpo",  # or "nft"
         "grpo": dataclasses.asdict(objective.Grpo()),

@@ -3,14 +3,19 @@
 The folder holds what that of `train.loop` does, and a run goes on in the same way.
 """
 
+import contextlib
 import functools
 import logging
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from unipic_jax.rl import learn, recipe
+from unipic_jax.conditioning import judging, qwen_chat
+from unipic_jax.convert import load
+from unipic_jax.rl import learn, recipe, remote
+from unipic_jax.rl.prompts import Blocks, File, Prompts
 from unipic_jax.train import loop, optimizer, output, stage
 
 log = logging.getLogger(__name__)
@@ -19,30 +24,61 @@ log = logging.getLogger(__name__)
 def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bool:
     """Run the stage to its end, or until SIGTERM; whether it came to the end.
 
-    Raises InputError for a config that does not fit, weights that cannot be read, a full disk, or
-    where too many steps in a row were not finite.
+    Raises InputError for a config that does not fit, weights that cannot be read, a full disk, a
+    reward server that is down at the start, or where too many steps in a row were not finite or
+    had no reward.
     """
     if (workdir / "model").exists():
         log.info("%s holds the model already", workdir)
         return True
     mesh = loop.open_mesh(config)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         here = stage.open_stage(config)
         recipe.check(config, here)
+        judge, ask = None, None
+        if recipe.JUDGE in config.rl.reward and not config.rl.server.url:
+            judge = stage.open_judge(*[load.find(config.judge)] * 2)
+            ask = functools.partial(_ask, config, judge["mllm"])
+        prompts = _prompts(config, here, mesh, ask)
+        reward = stack.enter_context(remote.connect(config)) if config.rl.server.url else None
         how = recipe.learning(config)
         trained, frozen = stage.parameters(config, here, mesh)
         frozen = recipe.frozen_reference(config, trained, frozen)
+        if judge:
+            dtype = jnp.dtype(config.dtype)
+            frozen["judge"] = {n: load.read(part, dtype, mesh) for n, part in judge.items()}
         total = config.steps * how.rounds
         timing = optimizer.Config(**config.optimizer)
         update = optimizer.make(timing, total)
         now = jax.jit(functools.partial(learn.new, how, optimizer=update))(trained)
         del trained
-        advance = jax.jit(recipe.make_step(config, here, update, optimizer.schedule(timing, total)),
-                          donate_argnums=0)
-        prompts = recipe.Prompts(here, config.rl.task, config.batch // config.rl.group, mesh)
+        parts = recipe.functions(config, here, update, optimizer.schedule(timing, total))
+        if reward:
+            advance = remote.make_step(config, parts, prompts, reward)
+        else:
+            advance = jax.jit(recipe.make_step(config, parts, judge), donate_argnums=0)
         data = loop.Data(config, here, frozen, mesh)
         end = loop.run(config, here, now, frozen, advance, prompts, data, workdir, mesh,
-                       progress=progress)
+                       progress=progress, versions=lambda: {reward.name: reward.version}
+                       if reward else {}, useless=USELESS)
         if end is not None:
             output.write(config, here, loop.weights(end), frozen, workdir / "model")
     return end is not None
+
+
+USELESS = ("were not finite or had no reward; lower the learning rate, or see to the reward "
+           "server: the same command goes on from the last checkpoint")
+
+
+def _ask(config, mllm, examples):
+    side = recipe.picture_side(config)
+    return judging.prepare(qwen_chat.open_chat(mllm.folder), mllm.config,
+                           [e.text for e in examples], (side, side),
+                           config.data.text_tokens)._asdict()
+
+
+def _prompts(config, here, mesh, ask) -> Prompts:
+    task, side = config.rl.task, recipe.picture_side(config)
+    source = File(Path(config.rl.prompts), task, side) if config.rl.prompts else Blocks(task)
+    return Prompts(source, task, here.collate[task], config.batch // config.rl.group, mesh,
+                   ask)

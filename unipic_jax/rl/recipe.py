@@ -3,20 +3,19 @@
 The config is that of training (`train.config`) with a part `rl`; see `rl.config`.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Tree
-from unipic_jax.data import blocks, feed
 from unipic_jax.flow import schedule
+from unipic_jax.model import Part
 from unipic_jax.models import autoencoder, mmdit
 from unipic_jax.rl import learn, objective, rollout
 from unipic_jax.rl import step as steps
@@ -28,6 +27,7 @@ from unipic_jax.train.step import Batch
 REWARDS = {  # of blocks, by task
     "generate": {"graded": traceable.generation, "exact": traceable.generation_exact},
     "edit": {"graded": traceable.edit, "exact": traceable.edit_exact}}
+JUDGE = "judge"  # the reward of edits that the config's judge gives
 OBJECTIVES = {"grpo": objective.Grpo, "nft": objective.Nft}
 
 
@@ -52,54 +52,45 @@ def check(config, stage: Stage) -> None:
         raise InputError("reinforcement trains the transformer, or its adapters, and nothing else")
     if config.rl.task not in REWARDS:
         raise InputError(f"rl.task {config.rl.task!r}: choose from {', '.join(REWARDS)}")
-    if odd := set(config.rl.reward) - set(REWARDS[config.rl.task]):
-        raise InputError(f"rl.reward {sorted(odd)[0]!r}: choose from "
-                         f"{', '.join(REWARDS[config.rl.task])}")
+    if config.rl.prompts and not config.rl.server.url and set(config.rl.reward) != {JUDGE}:
+        raise InputError("rl.prompts of a file need a reward server, rl.server.url, or a judge; "
+                         "the rewards of blocks know only blocks")
+    known = [*REWARDS[config.rl.task], *[JUDGE] * (config.rl.task == "edit")]
+    odd = set(config.rl.reward) - set(known)
+    if odd and not config.rl.server.url:
+        raise InputError(f"rl.reward {sorted(odd)[0]!r}: choose from {', '.join(known)}")
+    if JUDGE in config.rl.reward and not config.judge:
+        raise InputError("the reward of a judge needs its folder: --config.judge=DIR")
     if config.rl.group < 2 or config.batch % config.rl.group:
         raise InputError(f"a batch of {config.batch} does not divide into groups of "
                          f"{config.rl.group}, which are of 2 or more")
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """The prompts of each rollout: a function of the seed and its number alone, never twice the
-    same ones."""
+class Functions(NamedTuple):
+    """What a step is made of; the last two are those of `rl.step`."""
 
-    stage: Stage
-    task: str
-    count: int  # a rollout
-    mesh: jax.sharding.Mesh
-
-    def __call__(self, seed: int, start: int = 0) -> Iterator[tuple[str, Batch]]:
-        """This host's part of the prompts of rollout `start` and those after it."""
-        collate = self.stage.collate[self.task]
-        while True:
-            first = start * self.count
-            samples = [blocks.sample(self.task, seed, first + i) for i in range(self.count)]
-            examples = [s.example for s in samples]
-            blank = [dataclasses.replace(e, text="") for e in examples]
-            goals = jax.tree.map(lambda *a: np.stack(a), *(s.goal for s in samples))
-            whole = collate(examples) | {"goal": goals, "negative": collate(blank)["prompt"]}
-            yield self.task, feed.local_rows(self.mesh, whole, self.count)
-            start += 1
+    prepare: Callable[[Tree, Batch], Batch]
+    """(what is frozen, prompts) -> the batch of all samples: conditions once a prompt, and a group
+    of samples of each"""
+    decode: Callable[[Tree, jax.Array], jax.Array]
+    """(what is frozen, latents [B, ...]) -> pictures float32 [B, H, W, 3] in [0, 1]"""
+    rollout: steps.Rollout
+    update: steps.Update
 
 
-def make_step(
+def functions(
     config, stage: Stage, optimizer: optax.GradientTransformation, schedule_: optax.Schedule
-) -> Callable[[learn.State, Tree, Batch, jax.Array], tuple[learn.State, steps.Metrics]]:
-    """The whole step (state, frozen, prompts, key) -> (state, metrics): conditions once a prompt,
-    a group of samples of each, their rewards, and the updates.
+) -> Functions:
+    """The functions of a stage, none of them jitted.
 
-    Metrics are float32 scalars, means over the updates of a rollout. `frozen` has a "reference",
-    the transformer that a divergence is measured from, unless adapters train.
+    `frozen` has a "reference", the transformer that a divergence is measured from, unless adapters
+    train.
     """
     how, drawing, parts, G = learning(config), sampling(config), stage.parts, config.rl.group
     dtype = jnp.dtype(config.dtype)
     vae, cfg, timing = (parts[n].config for n in ("vae", "transformer", "scheduler"))
     sigmas = schedule.sigmas(timing, drawing.steps)
-    side = round(config.data.pixels**0.5) // vae.factor
-    score = traceable.weighted([
-        (weight, REWARDS[config.rl.task][name]) for name, weight in config.rl.reward.items()])
+    side = picture_side(config) // vae.factor
 
     def velocity(weights, condition, x, sigma):
         timestep = jnp.broadcast_to(
@@ -113,14 +104,12 @@ def make_step(
         return velocity(frozen["transformer" if config.lora.rank else "reference"], condition, x,
                         sigma)
 
-    def reward(frozen, batch, latents):
+    def decode(frozen, latents):
         out = autoencoder.decode(vae, frozen["vae"],
                                  autoencoder.unscale(vae, latents).astype(dtype))
-        pictures = jnp.clip(out.astype(jnp.float32) * 0.5 + 0.5, 0, 1)
-        value = score(pictures, batch["goal"])
-        return value, jnp.isfinite(value)
+        return jnp.clip(out.astype(jnp.float32) * 0.5 + 0.5, 0, 1)
 
-    def conditions(frozen, prompts):
+    def prepare(frozen, prompts):
         found = {"positive": objectives.conditions(parts, frozen, prompts["prompt"], dtype=dtype)}
         if drawing.guidance_scale > 1:
             found["negative"] = objectives.conditions(parts, frozen, prompts["negative"],
@@ -130,24 +119,63 @@ def make_step(
             mode = autoencoder.encode(vae, frozen["vae"], seen).mean.astype(jnp.float32)
             for condition in found.values():
                 condition["reference"] = autoencoder.scale(vae, mode)
-        return found
-
-    run = steps.make_rollout(how, drawing, sigmas, policy, (side, side, cfg.in_channels))
-    update = steps.make_update(how, drawing, sigmas, policy, reference, optimizer, schedule_)
-    inner = steps.make_step(run, reward, update)
-
-    def step(state, frozen, prompts, key):
-        count = len(prompts["target"])
-        batch = jax.tree.map(lambda a: _groups(a, G),
-                             conditions(frozen, prompts) | {"goal": prompts["goal"]})
-        ids, rows = jnp.arange(count * G), _rows(prompts["target"])
+        found |= {name: prompts[name] for name in ("goal", "judge") if name in prompts}
+        if "judge" in prompts:
+            found["source"] = prompts["source"]
+        batch = jax.tree.map(lambda a: _groups(a, G), found)
+        first = jax.tree.leaves(batch)[0]
+        ids, rows = jnp.arange(len(first)), _rows(first)
         batch["id"] = ids if rows is None else jax.reshard(ids, rows)
         batch["group"] = batch["id"] // G
-        state, report = inner(state, frozen, batch, key)
-        report = {name: jnp.mean(a) if a.ndim else a for name, a in report.items()}
-        return state, report
+        return batch
+
+    return Functions(
+        prepare, decode,
+        steps.make_rollout(how, drawing, sigmas, policy, (side, side, cfg.in_channels)),
+        steps.make_update(how, drawing, sigmas, policy, reference, optimizer, schedule_))
+
+
+def make_step(
+    config, parts: Functions, judge: Mapping[str, Part] | None = None
+) -> Callable[[learn.State, Tree, Batch, jax.Array], tuple[learn.State, steps.Metrics]]:
+    """The whole step (state, frozen, prompts, key) -> (state, metrics) for a reward that can be
+    traced. Metrics are float32 scalars, means over the updates of a rollout.
+
+    `judge` has the parts of a judge (`train.stage.open_judge`), whose parameters `frozen` has as
+    "judge", by part.
+    """
+    weights = dict(config.rl.reward)
+    of_judge = weights.pop(JUDGE, None)
+    score = traceable.weighted([
+        (weight, REWARDS[config.rl.task][name]) for name, weight in weights.items()])
+
+    def reward(frozen, batch, latents):
+        pictures = parts.decode(frozen, latents)
+        value = score(pictures, batch["goal"]) if weights else 0.0
+        if of_judge is not None:
+            value += of_judge * objectives.judge(
+                judge["mllm"], judge["judge"], *(frozen["judge"][n] for n in ("mllm", "judge")),
+                batch["judge"], batch["source"].astype(jnp.float32) / 255, pictures,
+                dtype=jnp.dtype(config.dtype))
+        return value, jnp.isfinite(value)
+
+    inner = steps.make_step(parts.rollout, reward, parts.update)
+
+    def step(state, frozen, prompts, key):
+        state, report = inner(state, frozen, parts.prepare(frozen, prompts), key)
+        return state, scalars(report)
 
     return step
+
+
+def scalars(report: steps.Metrics) -> steps.Metrics:
+    """The metrics of a rollout's updates as their means."""
+    return {name: jnp.mean(a) if a.ndim else a for name, a in report.items()}
+
+
+def picture_side(config) -> int:
+    """Of the pictures of a rollout, which are square, in pixels."""
+    return round(config.data.pixels**0.5)
 
 
 def frozen_reference(config, trained: Tree, frozen: Tree) -> Tree:

@@ -8,6 +8,7 @@ the same computation.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -50,7 +51,8 @@ def make_update(
     """A function (state, frozen, batch, trajectory, reward [B], valid [B], key) -> (state,
     metrics), to be jitted with its state donated.
 
-    Samples that are not valid are left out. Metrics are those of `rl.learn` and of
+    Samples that are not valid are left out; where none is valid the update counts as one that is
+    not finite, and changes nothing. Metrics are those of `rl.learn` and of
     `rl.advantage`. Raises InputError for settings that do not fit each other.
     """
     if cfg.deviation not in DEVIATIONS:
@@ -59,6 +61,7 @@ def make_update(
 
     def update(state, frozen, batch, trajectory, reward, valid, key):
         advantage, report = advantages(reward, batch["group"], valid, deviation=cfg.deviation)
+        advantage = jnp.where(jnp.any(valid), advantage, jnp.nan)
         # Not the rollout's key, or DiffusionNFT would train on noise that it has sampled with.
         key = jax.random.fold_in(jax.random.fold_in(key, state.step), 1)
         state, figures = learn(state, frozen, batch, trajectory, advantage, key)

@@ -1,7 +1,8 @@
 """Examples to the arrays of a batch, on the host; every array has a leading axis of samples.
 
 A batch is {"target": uint8 [B, H, W, 3], "source": the same (edits), "prompt": ...} or, for
-questions, {"prompt": ..., "answers": bool [B, S]}. A prompt is token ids by text encoder, or a
+questions, {"prompt": ..., "answers": bool [B, S]}; or, for scored edits, pictures, {"judge": the
+fields of `judging.Inputs`, "score": float32 [B]}. A prompt is token ids by text encoder, or a
 chat: {"ids" [B, S], "mask" [B, S + Q], "positions" [B, 3, S + Q], "pictures": the fields of
 `vision.Pictures`}. With caches (`train.cache`) there are also "target_moments" and
 "source_moments" [B, h, w, 2C], and a prompt may be the conditions themselves.
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unipic_jax.conditioning import judging, qwen_chat
 from unipic_jax.conditioning import kontext as clips
 from unipic_jax.conditioning import metaquery as queries
-from unipic_jax.conditioning import qwen_chat
 from unipic_jax.core.errors import InputError
 from unipic_jax.data.records import Example
 from unipic_jax.models import qwen2_5_vl as qwen
@@ -29,7 +30,9 @@ Collate = Callable[[Examples], dict]
 
 def pictures(examples: Examples, *, reference: bool = True) -> dict:
     """The pictures alone; the source only where it is to be the transformer's reference."""
-    batch = {"target": np.stack([e.target for e in examples])}
+    batch = {}
+    if examples[0].target is not None:
+        batch["target"] = np.stack([e.target for e in examples])
     if examples[0].source is not None and reference:
         batch["source"] = np.stack([e.source for e in examples])
     return batch
@@ -79,7 +82,8 @@ class MetaQuery:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Questions about pictures with their answers.
+    """Questions about pictures with their answers; or prompts to draw from, as MetaQuery puts
+    them, with descriptions.
 
     Questions are cut to `text_tokens`; an answer of more raises InputError.
     """
@@ -91,13 +95,17 @@ class Answers:
     def __call__(self, examples: Examples) -> dict:
         chat = qwen_chat.open_chat(self.mllm)
         end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        chats = [[{"role": "user", "content": [
-            {"type": "image", "image": Image.fromarray(e.source)},
-            {"type": "text", "text": _cut(chat, e.text, self.text_tokens)}]}] for e in examples]
-        bare = [[{"role": "user", "content": [
-            chats[0][0]["content"][0], {"type": "text", "text": ""}]}]]
-        longest = int(qwen_chat.read(chat, self.cfg, bare).mask.sum()) + self.text_tokens
-        asked = qwen_chat.read(chat, self.cfg, chats, length=longest)
+        chats = [queries.conversation(_cut(chat, e.text, self.text_tokens),
+                                      None if e.source is None else Image.fromarray(e.source))
+                 for e in examples]
+        shape = next(p for p in (examples[0].source, examples[0].target) if p is not None).shape
+        longest = queries.conversation("", Image.fromarray(np.zeros(shape, np.uint8)))
+        length = int(qwen_chat.read(chat, self.cfg, [longest]).mask.sum()) + self.text_tokens
+        # With a last row that has a picture, the shapes are the same where no other has one.
+        asked = qwen_chat.read(chat, self.cfg, [*chats, longest], length=length)
+        asked = asked._replace(
+            ids=asked.ids[:-1], mask=asked.mask[:-1], grids=asked.grids[:-1],
+            pictures=qwen.vision.Pictures(*(rows[:-1] for rows in asked.pictures)))
         ids = np.pad(asked.ids, ((0, 0), (0, self.text_tokens + 1)))
         mask = np.pad(asked.mask, ((0, 0), (0, self.text_tokens + 1)))
         answers = np.zeros_like(mask)
@@ -111,8 +119,37 @@ class Answers:
             answers[row, begin:begin + len(said)] = True
         mask |= answers
         positions, _ = rope.picture_positions(self.cfg, ids, asked.grids, mask)
+        to_draw = np.array([e.target is not None for e in examples])
+        if to_draw.any():
+            positions[:, to_draw] = rope.text_positions(mask[to_draw])
         inputs = queries.Inputs(ids, mask, positions, asked.pictures)
         return {"prompt": _chat(inputs), "answers": answers}
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Edits with a score, which is the text of their answer; a text that is no number raises
+    InputError."""
+
+    mllm: Path
+    cfg: qwen.Config
+    text_tokens: int
+
+    def __call__(self, examples: Examples) -> dict:
+        if any(e.source is None or e.target is None for e in examples):
+            raise InputError("a judge learns from edits with their score as the answer; these "
+                             "examples lack a picture")
+        chat, size = qwen_chat.open_chat(self.mllm), examples[0].target.shape[1::-1]
+        asked = judging.prepare(chat, self.cfg, [e.text for e in examples], size, self.text_tokens)
+        return pictures(examples) | {"judge": asked._asdict(), "score": np.array(
+            [_number(e) for e in examples], np.float32)}
+
+
+def _number(example) -> float:
+    try:
+        return float(example.answer)
+    except ValueError:
+        raise InputError(f"{example.name}: its answer {example.answer!r} is not a score") from None
 
 
 def _cut(chat, text, tokens):

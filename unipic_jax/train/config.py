@@ -14,9 +14,12 @@ from unipic_jax.train import optimizer
 def defaults() -> ConfigDict:
     """A config that says what each field means; `configs/` has one file a stage."""
     return ConfigDict({
-        "objective": "velocity",  # or "answer" (the language model), "reconstruction"
+        # Or "answer" (the language model), "reconstruction" (the autoencoder), "judgement" (the
+        # judge of edits).
+        "objective": "velocity",
         "model": "",  # a folder in either layout or hf://owner/name, as `--model`
         "mllm": "",  # the folder of Qwen2.5-VL: the prompts go through MetaQuery
+        "judge": "",  # a folder with the head of an edit judge in judge/
         "conditioner": "",  # its folder, where it is not in the model's
         "trained": (),  # parts by their folders' names; the others are frozen, in `dtype`
         "fresh": (),  # of these the ones that begin from nothing
@@ -48,7 +51,8 @@ def defaults() -> ConfigDict:
         # Pictures drawn now and then: of so many examples a task. `blocks` scores the model on so
         # many held-out examples of each kind of the embedded world.
         "samples": {"every": 5000, "at_start": False, "count": 8, "blocks": 0, "steps": 28,
-                    "guidance_scale": 3.5},
+                    "guidance_scale": 3.5,
+                    "judged": ""},  # shards of scored edits that a judge is tested on
         "max_skipped": 10,  # steps in a row that are not finite, after which the run stops
     })
 

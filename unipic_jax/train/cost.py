@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from unipic_jax.conditioning import kontext
+from unipic_jax.conditioning import kontext, qwen_chat, qwen_images
 from unipic_jax.model import Part
+from unipic_jax.models.qwen2_5_vl import vision
 from unipic_jax.train import flops
 from unipic_jax.train.stage import Stage
 
@@ -35,6 +36,12 @@ def _forward(objective: str, parts: Mapping[str, Part], batch: dict) -> dict[str
         return {"mllm": _chat(parts["mllm"].config, batch["prompt"],
                               logits=batch["prompt"]["ids"].shape[1])}
     _, H, W, _ = batch["target"].shape
+    if objective == "judgement":
+        mllm, S = parts["mllm"], batch["judge"]["ids"].shape[1]
+        images = qwen_chat.open_chat(mllm.folder).images
+        h, w = (side // images.patch_size for side in qwen_images.smart_resize(images, H, W))
+        windows = vision.count_windows(mllm.config.vision, [(1, h, w)] * 2)
+        return {"mllm": flops.language(mllm.config, S) + flops.vision(mllm.config.vision, windows)}
     vae = parts["vae"].config
     encode = flops.encode(vae, H, W)
     if objective == "reconstruction":

@@ -1,6 +1,7 @@
 """How good the model in training is: pictures to look at, and scores on the embedded world."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,10 +13,11 @@ from unipic_jax.conditioning import qwen_chat
 from unipic_jax.core import images, sheets
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core.params import Tree
-from unipic_jax.data import blocks, feed
+from unipic_jax.data import blocks, feed, sources
 from unipic_jax.data.records import Example
 from unipic_jax.models import autoencoder
 from unipic_jax.pipelines import describe
+from unipic_jax.train import objectives
 from unipic_jax.train.draw import make_draw
 from unipic_jax.train.stage import Stage
 
@@ -38,6 +40,9 @@ def report(config, stage: Stage, params: Tree, draw: "Draw | None", data, writer
     if config.objective == "answer" and config.samples.blocks:
         found = answer_scores(stage, params, config.samples.blocks)
         scores |= {f"describe/{name}": value for name, value in found.items()}
+    if config.objective == "judgement" and config.samples.judged:
+        found = judge_scores(config, stage, params)
+        scores |= {f"judge/{name}": value for name, value in found.items()}
     if scores:
         writer.scores(step, scores)
 
@@ -116,6 +121,32 @@ def answer_scores(stage: Stage, params: Tree, per_kind: int, batch: int = 64) ->
         said += describe.describe(chat, part.config, params["mllm"], rows, options)
     right = blocks.answer_score([a.text for a in said[:len(chats)]], list(held.answer))
     return _by_kind("describe", held.kind, right)
+
+
+def judge_scores(config, stage: Stage, params: Tree) -> dict[str, float]:
+    """How a judge agrees with the scores of edits that it has not learned from: Spearman's rank
+    correlation, and the mean absolute error."""
+    source, size = sources.open_source({"kind": "shards", "path": config.samples.judged}), 64
+    judge = jax.jit(functools.partial(objectives.judgement, stage.parts, keys=None,
+                                      dtype=jnp.dtype(config.dtype), remat="none"))
+    wanted, errors, given = [], [], []
+    for first in range(0, len(source) - size + 1, size):
+        batch = stage.collate["describe"]([source[first + i] for i in range(size)])
+        _, more = judge(params, batch)
+        wanted.append(batch["score"])
+        errors.append(more["absolute"])
+        given.append(more["score"])
+    wanted, given = np.concatenate(wanted), np.concatenate(given)
+    return {"spearman": spearman(wanted, given), "absolute": float(np.mean(errors))}
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """The rank correlation of two arrays [n]; equal values share the mean of their ranks."""
+    def ranks(x):
+        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def _by_kind(task, kind, exact):

@@ -104,15 +104,17 @@ def _train(config, workdir, mesh, progress) -> bool:
 def run(
     config: ConfigDict, here: stage.Stage, now: state.State, frozen: Tree, advance: Callable,
     batches: Callable, data: "Data", workdir: Path, mesh: jax.sharding.Mesh, *, progress: bool,
-    cost_of: Callable[[dict], float] | None = None,
+    cost_of: Callable[[dict], float] | None = None, versions: Callable[[], dict] = dict,
+    useless: str = "were not finite; lower the learning rate, or look at the data",
 ) -> state.State | None:
     """Advance the state `now` to its end, or from the last checkpoint on; None where SIGTERM
     stopped it.
 
     `advance` is the jitted step (state, frozen, batch, key) -> (state, figures), and `batches` a
     function (seed, start=step) -> (task, this host's arrays) from a step on; `cost_of` tells the
-    operations of a batch. `data` is what evaluation takes its examples from. Raises InputError
-    for a full disk, or where too many steps in a row were not finite.
+    operations of a batch, `versions` what others serve, which checkpoints record, and `useless`
+    what is wrong with steps that change nothing. `data` is what evaluation takes its examples
+    from. Raises InputError for a full disk, or where too many steps in a row changed nothing.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
@@ -121,6 +123,9 @@ def run(
             first, now, extra = restored
             log.info("goes on from step %d", first)
             _compare(extra["config"], config.to_json_best_effort())
+            for name, now_is in versions().items():
+                if (was := extra.get("versions", {}).get(name)) not in (None, now_is):
+                    log.warning("%s is now of version %s and was of %s", name, now_is, was)
         if jax.process_index() == 0:
             configs.write(config, workdir / "config.json")
         began = time.monotonic() - extra["seconds"]
@@ -146,11 +151,12 @@ def run(
                 now, figures = advance(now, frozen, batch, key)
                 last = writer.write(k + 1, figures, task)
                 if last and last["skipped_in_row"] >= config.max_skipped:
-                    raise InputError(f"{config.max_skipped} steps in a row before step {k} were "
-                                     "not finite; lower the learning rate, or look at the data")
+                    raise InputError(f"{config.max_skipped} steps in a row before step {k} "
+                                     f"{useless}")
                 done, stop = k + 1 == config.steps, stop_at(k + 1)
                 checkpoints.save(k + 1, now, {"seconds": time.monotonic() - began,
-                                              "config": config.to_json_best_effort()},
+                                              "config": config.to_json_best_effort(),
+                                              "versions": versions()},
                                  force=done or stop)
                 if stop and not done:
                     log.warning("stops at step %d; the same command goes on from there", k + 1)

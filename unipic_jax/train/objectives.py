@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from unipic_jax.conditioning import kontext, metaquery
+from unipic_jax.conditioning import judging, kontext, metaquery, qwen_chat
 from unipic_jax.core.params import Tree
 from unipic_jax.flow import schedule
 from unipic_jax.flow.loss import velocity_loss
@@ -18,7 +18,10 @@ from unipic_jax.models import autoencoder, mmdit
 from unipic_jax.models import qwen2_5_vl as qwen
 from unipic_jax.models.qwen2_5_vl import language
 
-KL_WEIGHT = 1e-6  # of the autoencoder's divergence, a sum over latents (latent diffusion, G.1)
+# Of the autoencoder's divergence beside its error, each a sum over a picture. Latent diffusion
+# (G.1) has 1e-6 and divides the latents by their deviation afterwards; this is enough to keep that
+# near 1, and leaves posteriors of a tenth of it.
+KL_WEIGHT = 3e-4
 
 
 def velocity(
@@ -109,6 +112,29 @@ def answer(
     return loss, {"accuracy": 1.0 - wrong.any(-1)}
 
 
+def judgement(
+    parts: Mapping[str, Part], params: Tree, batch: dict, keys: jax.Array, *, dtype, remat: str
+):
+    """The squared error of the judge's "score" float32 [B] of "source" edited to "target"; also
+    the "score" that it gives, and the error's size, "absolute"."""
+    score = judge(parts["mllm"], parts["judge"], params["mllm"], params["judge"], batch["judge"],
+                  *(batch[n].astype(jnp.float32) / 255 for n in ("source", "target")),
+                  dtype=dtype, remat=remat)
+    error = score - batch["score"]
+    return jnp.square(error), {"score": score, "absolute": jnp.abs(error)}
+
+
+def judge(
+    mllm: Part, head: Part, mllm_params: Tree, params: Tree, asked: dict, before: jax.Array,
+    after: jax.Array, *, dtype, remat: str = "none",
+) -> jax.Array:
+    """The scores float32 [B] that a judge gives to edits, by a collated chat and pictures
+    [B, H, W, 3] in [0, 1]."""
+    return judging.apply(qwen_chat.open_chat(mllm.folder).images, mllm.config, head.config,
+                         mllm_params, params, judging.Inputs(**asked), before, after, dtype=dtype,
+                         remat=remat)
+
+
 def reconstruction(
     parts: Mapping[str, Part], params: Tree, batch: dict, keys: jax.Array, *, dtype, remat: str
 ):
@@ -123,7 +149,8 @@ def reconstruction(
     error = out - x.astype(jnp.float32)
     absolute, squared = (a.mean((1, 2, 3)) for a in (jnp.abs(error), jnp.square(error)))
     divergence = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).sum((1, 2, 3))
-    return absolute + squared + KL_WEIGHT * divergence, {"absolute": absolute}
+    return absolute + squared + KL_WEIGHT / x[0].size * divergence, {"absolute": absolute}
 
 
-OBJECTIVES = {"velocity": velocity, "answer": answer, "reconstruction": reconstruction}
+OBJECTIVES = {"velocity": velocity, "answer": answer, "reconstruction": reconstruction,
+              "judgement": judgement}

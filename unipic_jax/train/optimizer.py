@@ -2,7 +2,11 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from unipic_jax.core import mesh as meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip: float = 1.0  # the largest norm of all gradients together
+    muon: bool = False  # orthogonal updates for kernels; AdamW for all else
 
 
 def schedule(cfg: Config, steps: int) -> optax.Schedule:
@@ -34,6 +39,48 @@ def schedule(cfg: Config, steps: int) -> optax.Schedule:
 
 def make(cfg: Config, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip),
-        optax.adamw(schedule(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
+    rate = schedule(cfg, steps)
+    update = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
+    if cfg.muon:
+        matrices = optax.chain(
+            optax.trace(MUON_MOMENTUM, nesterov=True), optax.stateless(_orthogonal),
+            optax.add_decayed_weights(cfg.weight_decay), optax.scale_by_learning_rate(rate))
+        update = optax.partition({True: matrices, False: update}, _are_matrices)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+
+
+def _are_matrices(params):
+    """Whether a weight is a kernel, but the head's, which is one of tokens."""
+    return jax.tree.map_with_path(
+        lambda path, _: (names := [part.key for part in path])[-1] == "kernel"
+        and "head" not in names, params)
+
+
+def _orthogonal(updates, params):
+    """The nearest orthogonal matrices, nearly, with elements of the size that AdamW's updates have
+    (arXiv:2502.16982). Each device computes them whole."""
+    return jax.tree.map(_orthogonal_one, updates)
+
+
+def _orthogonal_one(update):
+    """A third axis of a kernel, before the two of a matrix, is that of layers; the axes of a
+    convolution's window go in."""
+    x = meshes.replicate(update)
+    layers = x.shape[0] if x.ndim == 3 else 1
+    x = x.reshape(layers, -1, x.shape[-1])
+    wide = x.shape[1] < x.shape[2]
+    x = x if wide else x.mT
+    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    x = (x if wide else x.mT) * MUON_RMS * max(x.shape[1:]) ** 0.5
+    x = x.reshape(update.shape)
+    spec = meshes.spec_of(update)
+    return x if spec is None else jax.reshard(x, spec)
+
+
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -83,6 +83,9 @@ def _copy(stage: Stage, target: Path) -> None:
     """Everything that does not train, and of the parts that do all but their weights."""
     if "mllm" in stage.trained:  # a folder of its own, like that of its release
         _copy_part(stage.parts["mllm"].folder, target, weights=False)
+        if "judge" in stage.parts:
+            _copy_part(stage.parts["judge"].folder, target / "judge",
+                       weights="judge" not in stage.trained)
         return
     base = next(p.folder.parent for n, p in stage.parts.items()
                 if n not in ("mllm", "conditioner"))

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from unipic_jax.core import lora, params
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Tree
 from unipic_jax.model import Part, read_part
-from unipic_jax.models import mmdit
+from unipic_jax.models import edit_judge, mmdit
 from unipic_jax.pipelines import describe, generate
 from unipic_jax.train import collate, objectives
 from unipic_jax.train.step import Loss
@@ -64,10 +65,24 @@ def open_stage(config) -> Stage:
 def _open_parts(config) -> Mapping[str, Part]:
     if config.objective == "answer":
         return {"mllm": describe.open_model(load.find(config.mllm))}
+    if config.objective == "judgement":
+        return open_judge(load.find(config.mllm), load.find(config.judge or config.mllm))
     if config.objective == "reconstruction":
         return {"vae": read_part(load.find(config.model) / "vae")}
     return generate.open_model(*(load.find(name) if name else None for name in (
         config.model, config.mllm, config.conditioner)))
+
+
+def open_judge(mllm: Path, folder: Path) -> Mapping[str, Part]:
+    """The language model of an edit judge, and its head, which lies in `folder`/judge."""
+    parts = {"mllm": describe.open_model(mllm), "judge": read_part(folder / "judge")}
+    if parts["judge"].module is not edit_judge:
+        raise InputError(f"{parts['judge'].folder} is not the head of an edit judge")
+    if parts["judge"].config.hidden_size != parts["mllm"].config.hidden_size:
+        raise InputError(f"{parts['judge'].folder} does not fit {mllm}: its hidden_size is "
+                         f"{parts['judge'].config.hidden_size} where "
+                         f"{parts['mllm'].config.hidden_size} is needed")
+    return parts
 
 
 def _collate(config, parts):
@@ -79,6 +94,8 @@ def _collate(config, parts):
         qwen_chat.open_chat(parts["mllm"].folder)
     if config.objective == "answer":
         return {"describe": collate.Answers(parts["mllm"].folder, parts["mllm"].config, tokens)}
+    if config.objective == "judgement":
+        return {"describe": collate.Judged(parts["mllm"].folder, parts["mllm"].config, tokens)}
     if "conditioner" in parts:
         prompts = collate.MetaQuery(
             parts["mllm"].folder, parts["mllm"].config, parts["conditioner"].config.num_queries,

@@ -4,6 +4,8 @@ Held out for evaluation is 1 in 16 of the scenes, by a hash: no training example
 picture, source or target, and every evaluation example has only such. Of the captions that name
 two coloured shapes, 1 in 16 pairs is held out in the same way. Half of the training captions of
 one or two objects say all that is in their picture, places too, as captions for pre-training do.
+Half of the training questions are no questions but captions and instructions, whose answer
+describes the picture that they ask for: a language model is to know what to draw.
 """
 
 import dataclasses
@@ -67,12 +69,19 @@ def sample(
     name = f"blocks/{task}/{seed}/{index}"
     if held_out or kind:
         name = f"blocks/{task}/{'held out' if held_out else 'training'}/{kind}/{seed}/{index}"
+    if task == "describe" and not kind and rng.integers(2):
+        return _request(rng, name)
     kind = kind or KINDS[task][rng.integers(len(KINDS[task]))]
     make = {"generate": _generation, "edit": _edit, "describe": _question}[task]
     return make(rng, name, kind, held_out)
 
 
 def _generation(rng, name, kind, held_out) -> Sample:
+    text, goal, drawn = _captioned(rng, kind, held_out)
+    return Sample(Example(name, text, target=draw(drawn)), kind, goal)
+
+
+def _captioned(rng, kind, held_out) -> tuple[str, Goal, Scene]:
     while True:
         text, goal, background, objects = captions.caption(rng, kind)
         if kind == "colour_to_object" and is_held_out_pair(objects) != held_out:
@@ -89,7 +98,7 @@ def _generation(rng, name, kind, held_out) -> Sample:
             text = captions.description(rng, background, placed, order)
         drawn = scene(background, placed)
         if is_held_out(drawn) == held_out:
-            return Sample(Example(name, text, target=draw(drawn)), kind, goal)
+            return text, goal, drawn
 
 
 def _edit(rng, name, kind, held_out) -> Sample:
@@ -115,6 +124,19 @@ def _question(rng, name, kind, held_out) -> Sample:
         if asked:
             text, answer = asked
             return Sample(Example(name, text, source=draw(shown), answer=answer), kind, None)
+
+
+def _request(rng, name) -> Sample:
+    """A caption or an instruction, answered by what is to be drawn."""
+    if rng.integers(2):
+        kind = captions.GENERATION_KINDS[rng.integers(len(captions.GENERATION_KINDS))]
+        text, _, wanted = _captioned(rng, kind, False)
+        made = Sample(Example(name, text, target=draw(wanted)), kind, None)
+    else:
+        made = _edit(rng, name, edits.EDIT_KINDS[rng.integers(len(edits.EDIT_KINDS))], False)
+        wanted = made.goal.target
+    answer = questions.description(wanted)
+    return made._replace(goal=None, example=dataclasses.replace(made.example, answer=answer))
 
 
 def _ground(rng) -> int:

@@ -1,10 +1,19 @@
-"""Questions about a picture, and their answers in a few words."""
+"""Questions about a picture, and their answers in a few words; and descriptions."""
 
 import numpy as np
 
 from unipic_jax.data.blocks.captions import NUMBERS, PLURALS, RELATIONS, noun, related
 from unipic_jax.data.blocks.edits import names
-from unipic_jax.data.blocks.scenes import BACKGROUNDS, CELLS, COLOURS, PLACES, SHAPES, Objects
+from unipic_jax.data.blocks.scenes import (
+    BACKGROUNDS,
+    CELLS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    Objects,
+    Scene,
+    scene,
+)
 
 QUESTION_KINDS = ("describe", "colour", "content", "place", "count", "exists", "background",
                   "relation")
@@ -16,15 +25,11 @@ def question(
 ) -> tuple[str, str] | None:
     """A question about a scene, which has one object at least, and its answer; None where the
     draw does not suit the scene, for the caller to draw again.
-
-    A description lists the objects in reading order.
     """
     cell = list(objects)[rng.integers(len(objects))]
     shape, colour = objects[cell]
     if kind == "describe":
-        listed = [f"a {noun(*objects[c])} in the {PLACES[c]}" for c in sorted(objects)]
-        return "Describe the picture.", (
-            ", ".join(listed) + f", on a {_backgrounds[background]} background")
+        return "Describe the picture.", description(scene(background, objects))
     if kind == "background":
         return "What color is the background?", _backgrounds[background]
     if kind == "count":
@@ -55,6 +60,13 @@ def question(
         return None
     answer = f"a {noun(*objects[others[0]])}" if others else "nothing"
     return f"What is {RELATIONS[relation]} {name}?", answer
+
+
+def description(shown: Scene) -> str:
+    """All of a scene, its objects in reading order."""
+    listed = [f"a {noun(shown.shape[c], shown.colour[c])} in the {PLACES[c]}"
+              for c in np.flatnonzero(shown.shape >= 0)]
+    return ", ".join(listed) + f", on a {_backgrounds[shown.background]} background"
 
 
 def _count(rng, objects: Objects) -> tuple[str, str]:
