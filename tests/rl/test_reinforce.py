@@ -63,7 +63,8 @@ def test_all_weights_and_a_copy_as_reference(model, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"rl.task": "describe"}, "rl.task 'describe': choose from generate, edit"),
+    ({"rl.task": "describe"}, "rl.task 'describe': choose from edit, generate, both"),
+    ({"rl.reward": {"judge": 1.0}}, "the reward of a judge needs its folder"),
     ({"rl.objective": "ppo"}, "rl.objective 'ppo': choose from grpo, nft"),
     ({"rl.group": 3}, "a batch of 16 does not divide into groups of 3"),
     ({"trained": ("vae",)}, "reinforcement trains the transformer")])
@@ -76,5 +77,5 @@ def test_what_does_not_fit_is_said(model, tmp_path, changes, said):
 def test_a_reward_that_is_not_known(model, tmp_path):
     config = make_config(model, "edit")
     config.rl.reward["beauty"] = 1.0
-    with pytest.raises(InputError, match=r"rl\.reward 'beauty': choose from graded, exact"):
+    with pytest.raises(InputError, match=r"rl\.reward 'beauty': choose from graded, exact, judge"):
         loop.reinforce(config, tmp_path / "run", progress=False)

@@ -85,7 +85,7 @@ def prepare(
         longer = np.pad(ids, ((0, 0), (0, num_queries)))
         positions, _ = rope.picture_positions(cfg, longer, grids, mask)
     else:
-        positions = np.asarray(rope.text_positions(jnp.asarray(mask)))
+        positions = rope.text_positions(mask)
     return Inputs(ids, mask, positions, packed)
 
 

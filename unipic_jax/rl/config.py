@@ -19,7 +19,7 @@ def defaults() -> ConfigDict:
     config.optimizer.update({"learning_rate": 3e-4, "warmup": 0.0, "cosine": False, "b2": 0.999,
                              "weight_decay": 1e-4})
     config.rl = {
-        "task": "edit",  # or "generate"
+        "task": "edit",  # or "generate", or "both", in turn
         "group": 16,  # samples of a prompt
         "prompts": "",  # a file of JSON lines (`rl.prompts`); else those of the blocks world
         # Weights of rewards: of `rl.recipe.REWARDS` or, where there is a server, of its scores.

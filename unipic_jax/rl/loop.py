@@ -78,7 +78,7 @@ def _ask(config, mllm, examples):
 
 
 def _prompts(config, here, mesh, ask) -> Prompts:
-    task, side = config.rl.task, recipe.picture_side(config)
-    source = File(Path(config.rl.prompts), task, side) if config.rl.prompts else Blocks(task)
-    return Prompts(source, task, here.collate[task], config.batch // config.rl.group, mesh,
-                   ask)
+    side, tasks = recipe.picture_side(config), recipe.TASKS[config.rl.task]
+    sources = {task: File(Path(config.rl.prompts), task, side) if config.rl.prompts
+               else Blocks(task) for task in tasks}
+    return Prompts(sources, here.collate, config.batch // config.rl.group, mesh, ask)

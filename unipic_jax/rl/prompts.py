@@ -7,7 +7,7 @@ for edits, "image", a path from the file's own folder; all else in it is metadat
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,30 +92,36 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of every rollout, as the arrays that `rl.recipe`'s step takes."""
+    """The prompts of every rollout, as the arrays that `rl.recipe`'s step takes. Of several tasks
+    each rollout has one, in turn."""
 
-    source: Blocks | File
-    task: str
-    collate: Collate
+    sources: Mapping[str, Blocks | File]  # by task
+    collate: Mapping[str, Collate]
     count: int  # a rollout
     mesh: jax.sharding.Mesh
     ask: Callable[[list[Example]], dict] | None = None  # what a judge is asked, as arrays
 
+    def task(self, number: int) -> str:
+        """That of a rollout."""
+        return list(self.sources)[number % len(self.sources)]
+
     def of(self, seed: int, number: int) -> list[Prompt]:
-        """Those of a rollout."""
-        return [self.source[seed, number * self.count + i] for i in range(self.count)]
+        """The prompts of a rollout."""
+        source, first = self.sources[self.task(number)], number // len(self.sources) * self.count
+        return [source[seed, first + i] for i in range(self.count)]
 
     def __call__(self, seed: int, start: int = 0) -> Iterator[tuple[str, Batch]]:
         """This host's part of those of rollout `start` and of all after it."""
         while True:
-            drawn = self.of(seed, start)
+            task, drawn = self.task(start), self.of(seed, start)
             examples = [p.example for p in drawn]
             blank = [dataclasses.replace(e, text="") for e in examples]
-            whole = self.collate(examples) | {"negative": self.collate(blank)["prompt"]}
+            collate = self.collate[task]
+            whole = collate(examples) | {"negative": collate(blank)["prompt"]}
             whole.pop("target", None)
-            if self.ask:
+            if self.ask and task == "edit":
                 whole["judge"] = self.ask(examples)
             if drawn[0].goal is not None:
                 whole["goal"] = jax.tree.map(lambda *a: np.stack(a), *(p.goal for p in drawn))
-            yield self.task, feed.local_rows(self.mesh, whole, self.count)
+            yield task, feed.local_rows(self.mesh, whole, self.count)
             start += 1

@@ -27,6 +27,7 @@ from unipic_jax.train.step import Batch
 REWARDS = {  # of blocks, by task
     "generate": {"graded": traceable.generation, "exact": traceable.generation_exact},
     "edit": {"graded": traceable.edit, "exact": traceable.edit_exact}}
+TASKS = {"edit": ("edit",), "generate": ("generate",), "both": ("edit", "generate")}
 JUDGE = "judge"  # the reward of edits that the config's judge gives
 OBJECTIVES = {"grpo": objective.Grpo, "nft": objective.Nft}
 
@@ -50,12 +51,13 @@ def check(config, stage: Stage) -> None:
     """Raises InputError where a stage cannot be reinforced as the config says."""
     if tuple(stage.trained) != ("transformer",) or config.fresh:
         raise InputError("reinforcement trains the transformer, or its adapters, and nothing else")
-    if config.rl.task not in REWARDS:
-        raise InputError(f"rl.task {config.rl.task!r}: choose from {', '.join(REWARDS)}")
+    if config.rl.task not in TASKS:
+        raise InputError(f"rl.task {config.rl.task!r}: choose from {', '.join(TASKS)}")
     if config.rl.prompts and not config.rl.server.url and set(config.rl.reward) != {JUDGE}:
         raise InputError("rl.prompts of a file need a reward server, rl.server.url, or a judge; "
                          "the rewards of blocks know only blocks")
-    known = [*REWARDS[config.rl.task], *[JUDGE] * (config.rl.task == "edit")]
+    tasks = TASKS[config.rl.task]
+    known = [*REWARDS[tasks[0]], *[JUDGE] * (config.rl.task == "edit")]
     odd = set(config.rl.reward) - set(known)
     if odd and not config.rl.server.url:
         raise InputError(f"rl.reward {sorted(odd)[0]!r}: choose from {', '.join(known)}")
@@ -146,11 +148,11 @@ def make_step(
     """
     weights = dict(config.rl.reward)
     of_judge = weights.pop(JUDGE, None)
-    score = traceable.weighted([
-        (weight, REWARDS[config.rl.task][name]) for name, weight in weights.items()])
 
     def reward(frozen, batch, latents):
         pictures = parts.decode(frozen, latents)
+        found = REWARDS["edit" if "reference" in batch["positive"] else "generate"]
+        score = traceable.weighted([(weight, found[name]) for name, weight in weights.items()])
         value = score(pictures, batch["goal"]) if weights else 0.0
         if of_judge is not None:
             value += of_judge * objectives.judge(

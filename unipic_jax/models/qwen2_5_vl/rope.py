@@ -14,12 +14,14 @@ from unipic_jax.models.qwen2_5_vl.config import Config, VisionConfig
 VISION_THETA = 10000.0  # fixed in the released code
 
 
-def text_positions(mask: jax.Array) -> jax.Array:
+def text_positions(mask: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Mask [B, S] -> positions int32 [3, B, S]: the count of real tokens before each, the same on
-    all axes; padding has 1. What the released editing code gives to pictures, too."""
-    mask = mask.astype(jnp.int32)
-    positions = jnp.where(mask > 0, jnp.cumsum(mask, -1) - 1, 1)
-    return jnp.stack([positions] * 3)
+    all axes; padding has 1. What the released editing code gives to pictures, too. NumPy's arrays
+    stay on the host."""
+    xp = np if isinstance(mask, np.ndarray) else jnp
+    mask = mask.astype(xp.int32)
+    positions = xp.where(mask > 0, xp.cumsum(mask, -1, dtype=xp.int32) - 1, 1)
+    return xp.stack([positions] * 3)
 
 
 def picture_positions(
