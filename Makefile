@@ -1,13 +1,16 @@
-# Two commands: `make demo` shows what the program does, `make test` checks it. Each makes its own
+# `make demo` and `make demo-rl` show what the program does, `make test` checks it. Each makes its own
 # .venv and needs nothing but Python 3.11 or later.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-rl test lint clean
 
 demo: .venv/run
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh demo
+
+demo-rl: .venv/run
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo_rl.sh demo_rl
 
 test: .venv/test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -31,4 +34,4 @@ lint: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv .jax_cache demo build *.egg-info
+	rm -rf .venv .jax_cache demo demo_rl build *.egg-info

@@ -29,7 +29,8 @@ LIMIT = 16 * 2**30  # bytes of memory on a small device, half of which the state
     ("edit_judge", {"mllm", "judge"}), ("pdtr_edit_512", {"transformer"}),
     ("pdtr_t2i_512", {"transformer"}),
     ("nano/unified", {"conditioner", "transformer"}), ("nano/demo", {"transformer"}),
-    ("nano/rl_edit", {"transformer"}), ("nano/rl_generate", {"transformer"})])
+    ("nano/demo_rl", {"transformer"}), ("nano/rl_edit", {"transformer"}),
+    ("nano/rl_generate", {"transformer"})])
 def test_what_trains_and_what_is_frozen(name, trained, released):
     root = micro.NANO if name.startswith("nano") else released
     config, here = opened(name, root)

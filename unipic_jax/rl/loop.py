@@ -5,6 +5,7 @@ The folder holds what that of `train.loop` does, and a run goes on in the same w
 
 import contextlib
 import functools
+import json
 import logging
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from unipic_jax.conditioning import judging, qwen_chat
 from unipic_jax.convert import load
+from unipic_jax.core import curves
 from unipic_jax.rl import learn, recipe, remote
 from unipic_jax.rl.prompts import Blocks, File, Prompts
 from unipic_jax.train import loop, optimizer, output, stage
@@ -62,8 +64,17 @@ def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bo
                        progress=progress, versions=lambda: {reward.name: reward.version}
                        if reward else {}, useless=USELESS)
         if end is not None:
+            if jax.process_index() == 0:
+                _draw_reward(workdir)
             output.write(config, here, loop.weights(end), frozen, workdir / "model")
     return end is not None
+
+
+def _draw_reward(workdir: Path) -> None:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rewards = [r for line in lines if (r := json.loads(line).get("reward")) is not None]
+    if rewards:
+        curves.curve(rewards, "reward, mean of each rollout").save(workdir / "reward.png")
 
 
 USELESS = ("were not finite or had no reward; lower the learning rate, or see to the reward "

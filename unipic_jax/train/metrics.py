@@ -217,8 +217,9 @@ def _scored(step: int, values: Mapping[str, float]) -> str:
 def _said(values) -> str:
     """The figures that a person looks at."""
     parts = []
-    if values.get("loss") is not None:
-        parts.append(f"loss {values['loss']:.4f}")
+    for name in ("reward", "loss"):
+        if values.get(name) is not None:
+            parts.append(f"{name} {values[name]:.4f}")
     if "images_per_second" in values:
         parts.append(f"{values['images_per_second']:.1f} images/s")
     if "mfu" in values:

@@ -4,8 +4,8 @@ Held out for evaluation is 1 in 16 of the scenes, by a hash: no training example
 picture, source or target, and every evaluation example has only such. Of the captions that name
 two coloured shapes, 1 in 16 pairs is held out in the same way. Half of the training captions of
 one or two objects say all that is in their picture, places too, as captions for pre-training do.
-Half of the training questions are no questions but captions and instructions, whose answer
-describes the picture that they ask for: a language model is to know what to draw.
+One in three training questions is none but a caption or an instruction, whose answer describes
+what it asks for: a language model is to know what to draw.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from unipic_jax.data.blocks import captions, edits, questions
 from unipic_jax.data.blocks.captions import Goal
 from unipic_jax.data.blocks.scenes import (
     BACKGROUNDS,
+    EMPTY,
     Scene,
     draw,
     is_held_out,
@@ -69,7 +70,7 @@ def sample(
     name = f"blocks/{task}/{seed}/{index}"
     if held_out or kind:
         name = f"blocks/{task}/{'held out' if held_out else 'training'}/{kind}/{seed}/{index}"
-    if task == "describe" and not kind and rng.integers(2):
+    if task == "describe" and not kind and rng.integers(3) == 0:
         return _request(rng, name)
     kind = kind or KINDS[task][rng.integers(len(KINDS[task]))]
     make = {"generate": _generation, "edit": _edit, "describe": _question}[task]
@@ -77,15 +78,17 @@ def sample(
 
 
 def _generation(rng, name, kind, held_out) -> Sample:
-    text, goal, drawn = _captioned(rng, kind, held_out)
+    text, goal, drawn, _ = _captioned(rng, kind, held_out)
     return Sample(Example(name, text, target=draw(drawn)), kind, goal)
 
 
-def _captioned(rng, kind, held_out) -> tuple[str, Goal, Scene]:
+def _captioned(rng, kind, held_out) -> tuple[str, Goal, Scene, Scene]:
+    """A caption, its goal, a scene, and what the caption says of that, with -1 for all else."""
     while True:
         text, goal, background, objects = captions.caption(rng, kind)
         if kind == "colour_to_object" and is_held_out_pair(objects) != held_out:
             continue
+        full = False
         if held_out and kind == "colour_to_object":  # of whose pairs few have a held-out pose
             placed = captions.arrange(rng, goal, objects)
         elif held_out or len(objects) > captions.MOST_DESCRIBED or rng.integers(2):
@@ -96,9 +99,17 @@ def _captioned(rng, kind, held_out) -> tuple[str, Goal, Scene]:
             if len(order) == 2 and is_held_out_pair([placed[c] for c in order]):
                 continue
             text = captions.description(rng, background, placed, order)
+            full = True
         drawn = scene(background, placed)
         if is_held_out(drawn) == held_out:
-            return text, goal, drawn
+            return text, goal, drawn, drawn if full else _told(goal, drawn)
+
+
+def _told(goal, drawn) -> Scene:
+    """A scene without the colours and the background that its caption does not name."""
+    first = drawn.shape == goal.shape[0]
+    colour = np.where(first, goal.colour[0], goal.colour[1])
+    return Scene(goal.background, drawn.shape, np.where(drawn.shape < 0, EMPTY, colour))
 
 
 def _edit(rng, name, kind, held_out) -> Sample:
@@ -130,8 +141,8 @@ def _request(rng, name) -> Sample:
     """A caption or an instruction, answered by what is to be drawn."""
     if rng.integers(2):
         kind = captions.GENERATION_KINDS[rng.integers(len(captions.GENERATION_KINDS))]
-        text, _, wanted = _captioned(rng, kind, False)
-        made = Sample(Example(name, text, target=draw(wanted)), kind, None)
+        text, _, drawn, wanted = _captioned(rng, kind, False)
+        made = Sample(Example(name, text, target=draw(drawn)), kind, None)
     else:
         made = _edit(rng, name, edits.EDIT_KINDS[rng.integers(len(edits.EDIT_KINDS))], False)
         wanted = made.goal.target

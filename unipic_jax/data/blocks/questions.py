@@ -63,10 +63,13 @@ def question(
 
 
 def description(shown: Scene) -> str:
-    """All of a scene, its objects in reading order."""
+    """All that is known of a scene, its objects in reading order; a colour or a background of -1
+    is not."""
     listed = [f"a {noun(shown.shape[c], shown.colour[c])} in the {PLACES[c]}"
               for c in np.flatnonzero(shown.shape >= 0)]
-    return ", ".join(listed) + f", on a {_backgrounds[shown.background]} background"
+    if shown.background >= 0:
+        listed.append(f"on a {_backgrounds[shown.background]} background")
+    return ", ".join(listed)
 
 
 def _count(rng, objects: Objects) -> tuple[str, str]:

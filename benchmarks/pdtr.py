@@ -1,0 +1,60 @@
+"""The report's table 4 on the nano family: what reinforcement on one task does to both.
+
+    python -m benchmarks.pdtr --model KONTEXT --dir RUNS [--judge JUDGE] [--steps 60] [--jobs 2]
+
+KONTEXT is an under-trained model, that of an early stop of configs/nano/kontext.py, and JUDGE what
+configs/nano/judge.py has made. "none" is the model itself, scored as the runs are. Stopped, the
+same command goes on where it was. RUNS/results.json, RUNS/table4.md and, with matplotlib,
+RUNS/pdtr.png are made anew each time from the runs that are done.
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import tables
+from benchmarks.tables import Step
+
+BLOCKS = 64  # held-out scenes of each kind
+
+
+def rows(judge: str, steps: int, seeds: int) -> tables.Tables:
+    """What each row runs; the last ones with one seed only."""
+
+    def stage(task, count=steps, *more, name=None):
+        return Step(name or task, "reinforce", (
+            "--config=configs/nano/rl_edit.py", f"--config.rl.task={task}",
+            "--config.model={before}", f"--config.steps={count}",
+            "--config.samples.every=1000000", "--config.samples.at_start=False",
+            f"--config.samples.blocks={BLOCKS}", *more))
+
+    edit, generate = stage("edit"), stage("generate")
+    found = {
+        "none": ([stage("edit", 1, "--config.optimizer.learning_rate=0.0", name="none")], 1),
+        "edit": ([edit], seeds),
+        "text to image": ([generate], seeds),
+        "edit, then text to image": ([edit, generate], seeds),
+        "text to image, then edit": ([generate, edit], 1),
+        "both in turn": ([stage("both", 2 * steps)], 1)}
+    if judge:
+        judged = stage("edit", steps, "--config.rl.reward={'judge': 1.0}",
+                       f"--config.judge={judge}", name="judged")
+        found |= {"edit by the judge": ([judged], 1),
+                  "edit by the judge, then text to image": ([judged, generate], 1)}
+    return {"table4": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--judge", default="")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    tables.run(args.dir, rows(args.judge, args.steps, args.seeds), args.model, args.jobs,
+               "pdtr.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Tables of many small runs, each of which is one or more `unipic` commands: made side by side on
+cores of their own, stopped at will, and collected as figures, Markdown and a plot."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+FIGURES = {"generate/exact": "generation", "edit/exact": "edit", "edit/preserved": "preservation"}
+
+
+class Step(NamedTuple):
+    """A run of `unipic train` or `reinforce` in a folder of its own."""
+
+    name: str
+    command: str
+    arguments: tuple[str, ...]
+
+
+Row = Sequence[Step]
+"""Steps one after the other; "{before}" in an argument is the folder of the model before it."""
+Tables = Mapping[str, Mapping[str, tuple[Row, int]]]
+"""By table and row: its steps, and how many seeds it has."""
+
+
+def place(folder: Path, table: str, row: str, seed: int) -> Path:
+    return folder / table / row.replace(", ", "-").replace(" ", "_") / f"seed{seed}"
+
+
+def make(folder: Path, steps: Row, start: str, seed: int, cores: Queue) -> None:
+    """A row with a seed, on cores that no other run has; CalledProcessError where a command fails,
+    with what it said in a log beside its folder."""
+    mine, before = cores.get(), start
+    try:
+        for step in steps:
+            workdir = folder / step.name
+            if not (workdir / "model").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, "-m", "unipic_jax", step.command,
+                           "--workdir", str(workdir), f"--config.seed={seed}",
+                           *(a.replace("{before}", before) for a in step.arguments)]
+                with workdir.with_suffix(".log").open("a") as log:
+                    subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT,
+                                   preexec_fn=lambda: os.sched_setaffinity(0, mine))
+            before = str(workdir / "model")
+    finally:
+        cores.put(mine)
+
+
+def scores(workdir: Path) -> dict[str, float]:
+    """The last scores of a run that is done, and the seconds it took."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "edit/exact" in line)
+    return {name: last[name] for name in FIGURES} | {
+        "seconds": max(line.get("seconds", 0) for line in lines)}
+
+
+def table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Means and, of several seeds, standard deviations in percent, as Markdown."""
+    lines = ["| | " + " | ".join(FIGURES.values()) + " | seeds |",
+             "|---" * (len(FIGURES) + 2) + "|"]
+    for name, found in rows.items():
+        cells = []
+        for figure in FIGURES:
+            values = [100 * f[figure] for f in found]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results, file: Path) -> None:
+    """Bars of means with a point for each seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(results), len(FIGURES), squeeze=False, layout="constrained",
+        figsize=(4 * len(FIGURES), sum(0.8 + 0.4 * len(rows) for rows in results.values())),
+        height_ratios=[0.8 + 0.4 * len(rows) for rows in results.values()])
+    for row, (name, found) in zip(axes, results.items()):
+        for axis, (key, title) in zip(row, FIGURES.items()):
+            for i, values in enumerate(found.values()):
+                shares = [100 * v[key] for v in values]
+                axis.barh(i, statistics.mean(shares), color="#9db8d9")
+                axis.plot(shares, [i] * len(shares), "o", color="#1f3b63", markersize=4)
+            shown = row[0] is axis
+            axis.set_yticks(range(len(found)), list(found) if shown else [""] * len(found))
+            axis.invert_yaxis()
+            axis.set_title(f"{name}: {title}, %", fontsize=9)
+    figure.savefig(file, dpi=120)
+
+
+def collect(folder: Path, tables: Tables, plot_name: str) -> dict:
+    """What is done so far, by table and row, written as figures, tables and a plot."""
+    results = {}
+    for name, rows in tables.items():
+        found = {row: [scores(path) for seed in range(seeds) if (
+            path := place(folder, name, row, seed) / steps[-1].name) and (path / "model").exists()]
+            for row, (steps, seeds) in rows.items()}
+        results[name] = {row: values for row, values in found.items() if values}
+    results = {name: rows for name, rows in results.items() if rows}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name, rows in results.items():
+        (folder / f"{name}.md").write_text(table(rows))
+    try:
+        if results:
+            plot(results, folder / plot_name)
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+    return results
+
+
+def run(folder: Path, tables: Tables, start: str, jobs: int, plot_name: str) -> None:
+    """Make all runs that are not done, the first seeds of all rows first, and print the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = sorted(((seed, name, row, steps) for name, rows in tables.items()
+                     for row, (steps, seeds) in rows.items() for seed in range(seeds)),
+                    key=lambda one: one[0])
+    cores, free = Queue(), sorted(os.sched_getaffinity(0))
+    for i in range(jobs):
+        cores.put(set(free[i::jobs]) or set(free))
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), unit="run") as bar:
+        waiting = [pool.submit(make, place(folder, name, row, seed), steps, start, seed, cores)
+                   for seed, name, row, steps in wanted]
+        for done in waiting:
+            done.result()
+            bar.update()
+            collect(folder, tables, plot_name)
+    for name, rows in collect(folder, tables, plot_name).items():
+        print(f"\n{name}\n{table(rows)}")
