@@ -11,6 +11,5 @@ def get_config():
     config = nano(generate=1.0)
     config.conditioner = "configs/nano/model/metaquery/conditioner"
     config.trained = config.fresh = ("conditioner",)
-    config.steps = 1500
-    config.optimizer.learning_rate = 1e-3
+    config.batch, config.steps = 32, 1500
     return config

@@ -10,6 +10,5 @@ def get_config():
     config = nano(generate=1.0)
     config.trained = config.fresh = ("transformer", "text_encoder", "text_encoder_2",
                                      "text_encoder_3")
-    config.batch, config.steps = 32, 6000
-    config.optimizer.learning_rate = 1e-3
+    config.batch, config.steps = 32, 2500
     return config

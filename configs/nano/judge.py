@@ -16,5 +16,4 @@ def get_config():
     config.trained, config.fresh = ("mllm", "judge"), ("judge",)
     config.data.sources.scored = {"kind": "shards", "path": "", "weight": 1.0}
     config.batch, config.steps = 32, 3000
-    config.optimizer.muon = True
     return config

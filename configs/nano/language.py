@@ -12,6 +12,5 @@ def get_config():
     config.mllm = "configs/nano/model/metaquery/qwen2_5_vl"
     config.trained = config.fresh = ("mllm",)
     config.data.text_tokens = 48  # descriptions are longer than captions
-    config.steps = 4000
-    config.optimizer.learning_rate = 1e-3
+    config.batch, config.steps = 32, 7000
     return config

@@ -10,6 +10,6 @@ from unipic_jax.train.config import nano
 def get_config():
     config = nano(generate=1.0, edit=1.0)
     config.trained = ("conditioner", "transformer")
-    config.steps = 2500
+    config.batch, config.steps = 32, 2500
     config.optimizer.learning_rate = 5e-4
     return config

@@ -38,7 +38,10 @@ class Config:
 def specs(cfg: Config) -> Tree:
     """The weights; the layers are stacked."""
     D, F, HK = cfg.d_model, cfg.d_ff, cfg.num_heads * cfg.d_kv
-    layer = {n: linear(D, HK, ("embed", "heads"), bias=False) for n in ("q", "k", "v")} | {
+    layer = {n: linear(D, HK, ("embed", "heads"), bias=False) for n in ("k", "v")} | {
+        # Its scores are not divided by the root of the heads' size, and so begin smaller.
+        "q": linear(D, HK, ("embed", "heads"), bias=False,
+                    init=jax.nn.initializers.normal((D * cfg.d_kv) ** -0.5)),
         "norm1": norm(D, bias=False), "out": linear(HK, D, ("heads", "embed"), bias=False),
         "norm2": norm(D, bias=False),
         "gate": linear(D, F, ("embed", "mlp"), bias=False),

@@ -66,7 +66,7 @@ def nano(**shares: float) -> ConfigDict:
                                      "length": 1_000_000, "weight": share}
     config.data.update({"pixels": 48 * 48, "ratios": ((1, 1),), "text_tokens": 24, "workers": 0})
     config.batch = 64
-    config.optimizer.update({"learning_rate": 1e-3, "warmup": 0.02, "b2": 0.99})
+    config.optimizer.update({"learning_rate": 1e-3, "warmup": 0.02, "b2": 0.99, "muon": True})
     config.ema = 0.999
     config.dtype = config.save_dtype = "float32"
     config.remat = "none"
