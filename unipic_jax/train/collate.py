@@ -85,7 +85,8 @@ class Answers:
     """Questions about pictures with their answers; or prompts to draw from, as MetaQuery puts
     them, with descriptions.
 
-    Questions are cut to `text_tokens`; an answer of more raises InputError.
+    A question and its answer have `text_tokens` together: a question is cut so that its answer
+    fits, and an answer of more raises InputError.
     """
 
     mllm: Path
@@ -95,9 +96,14 @@ class Answers:
     def __call__(self, examples: Examples) -> dict:
         chat = qwen_chat.open_chat(self.mllm)
         end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        chats = [queries.conversation(_cut(chat, e.text, self.text_tokens),
+        said = [[*chat.tokenizer(e.answer).input_ids, end] for e in examples]
+        for example, tokens in zip(examples, said):
+            if len(tokens) > self.text_tokens + 1:
+                raise InputError(f"{example.name}: its answer has {len(tokens) - 1} tokens, more "
+                                 f"than {self.text_tokens}")
+        chats = [queries.conversation(_cut(chat, e.text, self.text_tokens + 1 - len(tokens)),
                                       None if e.source is None else Image.fromarray(e.source))
-                 for e in examples]
+                 for e, tokens in zip(examples, said)]
         shape = next(p for p in (examples[0].source, examples[0].target) if p is not None).shape
         longest = queries.conversation("", Image.fromarray(np.zeros(shape, np.uint8)))
         length = int(qwen_chat.read(chat, self.cfg, [longest]).mask.sum()) + self.text_tokens
@@ -106,17 +112,12 @@ class Answers:
         asked = asked._replace(
             ids=asked.ids[:-1], mask=asked.mask[:-1], grids=asked.grids[:-1],
             pictures=qwen.vision.Pictures(*(rows[:-1] for rows in asked.pictures)))
-        ids = np.pad(asked.ids, ((0, 0), (0, self.text_tokens + 1)))
-        mask = np.pad(asked.mask, ((0, 0), (0, self.text_tokens + 1)))
+        ids, mask = (np.pad(a, ((0, 0), (0, 1))) for a in (asked.ids, asked.mask))
         answers = np.zeros_like(mask)
-        for row, example in enumerate(examples):
-            said = [*chat.tokenizer(example.answer).input_ids, end]
-            if len(said) > self.text_tokens + 1:
-                raise InputError(f"{example.name}: its answer has {len(said) - 1} tokens, more "
-                                 f"than {self.text_tokens}")
+        for row, tokens in enumerate(said):
             begin = asked.mask[row].sum()
-            ids[row, begin:begin + len(said)] = said
-            answers[row, begin:begin + len(said)] = True
+            ids[row, begin:begin + len(tokens)] = tokens
+            answers[row, begin:begin + len(tokens)] = True
         mask |= answers
         positions, _ = rope.picture_positions(self.cfg, ids, asked.grids, mask)
         to_draw = np.array([e.target is not None for e in examples])
