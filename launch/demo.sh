@@ -8,9 +8,9 @@ source "$(dirname "$0")/cpu.sh"
 step() { printf '\n== %s\n' "$*"; }
 run() { printf '$ %s\n' "$*" && "$@"; }
 
-step "A model that draws and cannot edit learns to; its autoencoder and text encoders are frozen"
+step "A model that draws and cannot edit learns to; its autoencoder is frozen"
 nano=$(dirname "$0")/../unipic_jax/nano
-cp -r "$nano/kontext" "$out/base" && cp -r "$nano/base/transformer" "$out/base"
+cp -r "$nano/kontext" "$out/base" && cp -r "$nano"/base/* "$out/base"
 run unipic train --config configs/nano/demo.py --workdir "$out/run" --config.model="$out/base"
 
 step "To the released layout"
@@ -30,5 +30,5 @@ prompts, sources and results    $sheets
 the figures of every step       $out/run/metrics.jsonl, and TensorBoard's in $out/run
 the model, released layout      $out/released
 the picture and its edit        $out/source.png $out/edited.png
-What 800 steps come to is above, by kind; the shipped model (--model nano) has had more of them.
+What 500 steps come to is above, by kind; the shipped model (--model nano) has had more of them.
 END

@@ -8,8 +8,8 @@ from unipic_jax.train.config import nano
 
 def get_config():
     config = nano(generate=1.0, edit=1.0)
-    config.trained = ("transformer",)
-    config.batch, config.steps = 32, 800
+    config.trained = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    config.batch, config.steps = 32, 500
     config.ema = 0.99
     config.samples.update({"at_start": True, "blocks": 8})
     return config

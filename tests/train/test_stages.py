@@ -28,7 +28,8 @@ LIMIT = 16 * 2**30  # bytes of memory on a small device, half of which the state
     ("nano/align", {"conditioner"}), ("nano/judge", {"mllm", "judge"}),
     ("edit_judge", {"mllm", "judge"}), ("pdtr_edit_512", {"transformer"}),
     ("pdtr_t2i_512", {"transformer"}),
-    ("nano/unified", {"conditioner", "transformer"}), ("nano/demo", {"transformer"}),
+    ("nano/unified", {"conditioner", "transformer"}),
+    ("nano/demo", {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}),
     ("nano/demo_rl", {"transformer"}), ("nano/rl_edit", {"transformer"}),
     ("nano/rl_generate", {"transformer"})])
 def test_what_trains_and_what_is_frozen(name, trained, released):
