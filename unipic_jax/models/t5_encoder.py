@@ -49,8 +49,9 @@ def specs(cfg: Config) -> Tree:
         "down": linear(F, D, ("mlp", "embed"), bias=False)}
     return {
         "token": Spec((cfg.vocab_size, D), ("vocab", "embed"), jax.nn.initializers.normal(1.0)),
+        # So large that heads tell distances apart from the first step on.
         "relative_bias": Spec((cfg.relative_attention_num_buckets, cfg.num_heads), (None, None),
-                              jax.nn.initializers.normal(D**-0.5)),
+                              jax.nn.initializers.normal(1.5)),
         "layers": stack(layer, cfg.num_layers),
         "norm": norm(D, bias=False),
     }

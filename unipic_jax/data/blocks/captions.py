@@ -101,6 +101,18 @@ def description(
     return FRAMES[rng.integers(len(FRAMES))].format(text)
 
 
+def joined(
+    rng: np.random.Generator, goal: Goal, objects: list[tuple[int, int]]
+) -> tuple[Goal, list[tuple[int, int]]]:
+    """A caption's goal and its one object with another one, of another shape, beside it."""
+    (shape, _), = objects
+    other = int((shape + rng.integers(1, len(SHAPES))) % len(SHAPES)), int(
+        rng.integers(len(COLOURS)))
+    shapes, colours, count = (np.array(a, np.int32) for a in (
+        (shape, other[0]), (goal.colour[0], other[1]), (1, 1)))
+    return goal._replace(shape=shapes, colour=colours, count=count), [*objects, other]
+
+
 def arrange(rng: np.random.Generator, goal: Goal, kinds: list[tuple[int, int]]) -> Objects:
     """The objects of a caption in cells drawn at random, so that its relation holds."""
     objects = scatter(rng, kinds)

@@ -2,8 +2,9 @@
 
 Held out for evaluation is 1 in 16 of the scenes, by a hash: no training example has one as its
 picture, source or target, and every evaluation example has only such. Of the captions that name
-two coloured shapes, 1 in 16 pairs is held out in the same way. Half of the training captions of
-one or two objects say all that is in their picture, places too, as captions for pre-training do.
+two coloured shapes, 1 in 16 pairs is held out in the same way. Two in three training captions of
+one or two objects say all that is in their picture, places too, as captions for pre-training do,
+and of these more have two.
 One in three training questions is none but a caption or an instruction, whose answer describes
 what it asks for: a language model is to know what to draw.
 """
@@ -91,9 +92,11 @@ def _captioned(rng, kind, held_out) -> tuple[str, Goal, Scene, Scene]:
         full = False
         if held_out and kind == "colour_to_object":  # of whose pairs few have a held-out pose
             placed = captions.arrange(rng, goal, objects)
-        elif held_out or len(objects) > captions.MOST_DESCRIBED or rng.integers(2):
+        elif held_out or len(objects) > captions.MOST_DESCRIBED or rng.integers(3) == 0:
             placed = captions.pose(goal, objects)
         else:
+            if len(objects) == 1 and rng.integers(2):
+                goal, objects = captions.joined(rng, goal, objects)
             placed = captions.arrange(rng, goal, objects)
             order = rng.permutation(list(placed)).tolist()
             if len(order) == 2 and is_held_out_pair([placed[c] for c in order]):
