@@ -10,5 +10,5 @@ def get_config():
     config = nano(generate=1.0)
     config.trained = config.fresh = ("transformer", "text_encoder", "text_encoder_2",
                                      "text_encoder_3")
-    config.batch, config.steps = 32, 2500
+    config.batch, config.steps = 32, 2000
     return config

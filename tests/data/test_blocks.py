@@ -309,7 +309,8 @@ def test_examples_are_a_function_of_seed_and_index(task):
 def test_kinds_are_drawn_alike_and_evaluations_are_ordered():
     for task, kinds in blocks.KINDS.items():
         drawn = [s.kind for i in range(900) if (s := blocks.sample(task, 0, i)).kind in kinds]
-        assert min(map(drawn.count, kinds)) > 0.6 * len(drawn) / len(kinds)
+        least = len(kinds) + 4 * (task == "describe")  # of which some are asked more than once
+        assert min(map(drawn.count, kinds)) > 0.6 * len(drawn) / least
         e = blocks.evaluation(task, 2)
         assert e.kind.tolist() == np.repeat(np.arange(len(kinds)), 2).tolist()
         again = blocks.evaluation(task, 2)

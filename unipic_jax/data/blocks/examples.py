@@ -31,6 +31,7 @@ from unipic_jax.data.records import TASKS, Example
 
 KINDS = dict(zip(TASKS, (captions.GENERATION_KINDS, edits.EDIT_KINDS, questions.QUESTION_KINDS)))
 """The kinds of the examples of each task."""
+HARDER = ("count", "place", "relation", "relation")  # questions, asked so much oftener in training
 TRIES = 8  # at the edits of one scene, of which there may be few
 
 
@@ -73,7 +74,9 @@ def sample(
         name = f"blocks/{task}/{'held out' if held_out else 'training'}/{kind}/{seed}/{index}"
     if task == "describe" and not kind and rng.integers(3) == 0:
         return _request(rng, name)
-    kind = kind or KINDS[task][rng.integers(len(KINDS[task]))]
+    if not kind:
+        kinds = KINDS[task] + HARDER * (task == "describe")
+        kind = kinds[rng.integers(len(kinds))]
     make = {"generate": _generation, "edit": _edit, "describe": _question}[task]
     return make(rng, name, kind, held_out)
 
