@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import stats
 
 from runs import figures, make_config
+from unipic_jax.cli import main
 from unipic_jax.conditioning import judging, qwen_chat, qwen_images
 from unipic_jax.core.errors import InputError
 from unipic_jax.data import blocks, shards
@@ -116,6 +117,15 @@ def test_it_learns_and_then_rewards(folders, data, blocks_model, tmp_path):
     assert rl_loop.reinforce(config, tmp_path / "rl", progress=False)
     assert max(figures(tmp_path / "rl", "group_std")) > 0
     assert np.isfinite(figures(tmp_path / "rl", "reward")).all()
+
+
+def test_what_cannot_be_scored_is_said(tmp_path, capsys):
+    for more in (["--model", "nano", "--count", "0"], ["--model", "nowhere", "--count", "1"]):
+        assert main(["scored-edits", *more, "--to", str(tmp_path / "to")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "unipic: --count must be at least 1",
+        "unipic: nowhere is not a folder; give a path or hf://owner/name"]
+    assert not (tmp_path / "to").exists()
 
 
 def test_spearman_is_scipys():

@@ -1,11 +1,13 @@
 """Whole runs of reinforcement learning on the smallest model: its config, reward, and resuming."""
 
 import contextlib
+import json
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from PIL import Image
 
 from runs import figures, flat, make_config
 from unipic_jax.convert import load
@@ -60,6 +62,16 @@ def test_all_weights_and_a_copy_as_reference(model, tmp_path):
     assert figures(tmp_path / "run", "kl")[0] == 0
     assert figures(tmp_path / "run", "kl")[1] > 0
     assert figures(tmp_path / "run", "ratio") == [1, 1]
+
+
+def test_both_tasks_in_turn(model, tmp_path):
+    assert loop.reinforce(make_config(model, "both", steps=3), tmp_path / "run", progress=False)
+    lines = [set(line) for line in (json.loads(line) for line in (
+        tmp_path / "run/metrics.jsonl").read_text().splitlines())]
+    assert ["loss/edit" in line for line in lines] == [True, False, True]
+    assert ["loss/generate" in line for line in lines] == [False, True, False]
+    with Image.open(tmp_path / "run/reward.png") as picture:
+        assert picture.size == (640, 320)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -205,6 +205,11 @@ def test_the_command(monkeypatch, capsys):
 @pytest.mark.parametrize(("more", "message"), [
     (["--reward", "beauty", "--port", "0"], "invalid choice: 'beauty'"),
     (["--reward", "blocks-edit", "--port", "70000"], "--port must lie between 0 and 65535"),
+    (["--reward", "geneval", "--port", "0"], "--detector goes with --reward geneval"),
+    (["--reward", "blocks-edit", "--port", "0", "--detector", "http://localhost:1"],
+     "--detector goes with --reward geneval"),
+    (["--reward", "geneval", "--port", "0", "--detector", "localhost"],
+     "'localhost' is not the address of a server"),
     (["--reward", "blocks-edit"], "required: --port")])
 def test_bad_arguments(more, message, capsys):
     assert main(["reward-server", *more]) == 2
