@@ -88,7 +88,7 @@ def test_a_server_that_dies_and_returns(model, tmp_path, caplog):
      "bright of sample")])
 def test_a_server_that_never_answers_well_stops_the_run(model, tmp_path, change, said, caplog):
     with Fake(answers(change)) as fake, pytest.raises(
-            InputError, match="2 steps in a row before step 1 were not finite or had no reward"):
+            InputError, match="2 steps in a row before step 2 were not finite or had no reward"):
         loop.reinforce(remote(model, fake.url, max_skipped=2), tmp_path / "run", progress=False)
     assert said in caplog.text
 

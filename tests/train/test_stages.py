@@ -42,7 +42,7 @@ def test_what_trains_and_what_is_frozen(name, trained, released):
     assert {a.dtype for a in jax.tree.leaves(own)} == {jnp.dtype("float32")}
     assert {a.dtype for a in jax.tree.leaves(frozen)} <= {jnp.dtype(config.dtype)}
     assert config.dtype == ("float32" if name.startswith("nano") else "bfloat16")
-    whole = here.combine(own, frozen)
+    whole = jax.eval_shape(here.combine, own, frozen)
     for part, p in here.parts.items():
         if p.has_weights and not (config.lora.rank and part in trained):
             want = params.abstract(p.specs)
