@@ -59,7 +59,7 @@ def test_its_states_are_those_of_the_chat(folders):
     """Against the chat with both pictures as the host prepares it."""
     here = stage.open_judge(*folders)
     part, head = here["mllm"], here["judge"]
-    params = {n: jax.tree.map(lambda a: a, stage.params.init(p.specs, jax.random.key(i)))
+    params = {n: stage.params.init(p.specs, jax.random.key(i))
               for i, (n, p) in enumerate(here.items())}
     chat, found = qwen_chat.open_chat(part.folder), blocks.evaluation("edit", 1)
     asked = judging.prepare(chat, part.config, found.text, (48, 48), 24)

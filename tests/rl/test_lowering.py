@@ -1,6 +1,7 @@
 """The whole step of PDTR at full size, judge included, lowers for 64 devices."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def test_full_size_step_lowers_for_64_devices(policy, released):
         here = stage.open_stage(config)
     config.judge = "configs/edit_judge"  # as a folder that has the head
     recipe.check(config, here)
-    judge = stage.open_judge(released / "metaquery/qwen2_5_vl", stage.Path(config.judge))
+    judge = stage.open_judge(released / "metaquery/qwen2_5_vl", Path(config.judge))
     config.rl.sampling.guidance_scale = 3.5
     config.micro_batches = 4
     mesh = jax.sharding.AbstractMesh((1, 16, 4), meshes.AXES, (AxisType.Explicit,) * 3)
