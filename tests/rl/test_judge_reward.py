@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
+from short_runs import figures, make_config
 
-from runs import figures, make_config
 from unipic_jax.cli import main
 from unipic_jax.conditioning import judging, qwen_chat, qwen_images
 from unipic_jax.core.errors import InputError

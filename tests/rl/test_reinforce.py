@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from PIL import Image
+from short_runs import figures, flat, make_config
 
-from runs import figures, flat, make_config
 from unipic_jax.convert import load
 from unipic_jax.core.errors import InputError
 from unipic_jax.model import read_part

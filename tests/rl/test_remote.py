@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from short_runs import figures, make_config
 
-from runs import figures, make_config
 from unipic_jax.core.errors import InputError
 from unipic_jax.rl import loop, recipe
 from unipic_jax.rl.prompts import File
