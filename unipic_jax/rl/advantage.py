@@ -1,4 +1,4 @@
-"""Group-relative advantages."""
+"""Group-relative advantages, and how much the pictures of a group differ."""
 
 import jax
 import jax.numpy as jnp
@@ -51,3 +51,15 @@ def advantages(
         "collapsed": ((count > 0) & (spread == 0)).sum() / groups,
         "valid": there.mean(),
     }
+
+
+def diversity(latents: jax.Array, group: jax.Array, valid: jax.Array) -> jax.Array:
+    """How much the samples [B, ...] of a group differ: the root of the mean square of their
+    distance from the group's mean, a scalar; 0 where all pictures of each group are the same."""
+    latents, group, valid = map(meshes.replicate, (latents, group, valid))
+    B, there = len(latents), valid.astype(jnp.float32)
+    x = jnp.where(valid[:, None], latents.reshape(B, -1), 0)
+    members = jnp.maximum(jax.ops.segment_sum(there, group, B), 1)
+    mean = jax.ops.segment_sum(x, group, B) / members[:, None]
+    squares = jnp.square(x - mean[group]).mean(-1)
+    return jnp.sqrt((there * squares).sum() / jnp.maximum(there.sum(), 1))

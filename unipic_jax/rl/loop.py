@@ -17,6 +17,7 @@ from unipic_jax.conditioning import judging, qwen_chat
 from unipic_jax.convert import load
 from unipic_jax.core import curves
 from unipic_jax.rl import learn, recipe, remote
+from unipic_jax.rl.alarms import Alarms
 from unipic_jax.rl.prompts import Blocks, File, Prompts
 from unipic_jax.train import loop, optimizer, output, stage
 
@@ -62,7 +63,8 @@ def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bo
         data = loop.Data(config, here, frozen, mesh)
         end = loop.run(config, here, now, frozen, advance, prompts, data, workdir, mesh,
                        progress=progress, versions=lambda: {reward.name: reward.version}
-                       if reward else {}, useless=USELESS)
+                       if reward else {}, useless=USELESS,
+                       watch=Alarms(workdir / "metrics.jsonl"))
         if end is not None:
             if jax.process_index() == 0:
                 _draw_reward(workdir)

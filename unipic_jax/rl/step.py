@@ -15,7 +15,7 @@ import optax
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Tree
 from unipic_jax.rl import rollout as rollouts
-from unipic_jax.rl.advantage import DEVIATIONS, advantages
+from unipic_jax.rl.advantage import DEVIATIONS, advantages, diversity
 from unipic_jax.rl.learn import Config, Reference, State, make_learn
 from unipic_jax.rl.rollout import Policy, Trajectory
 from unipic_jax.train.step import Batch
@@ -53,7 +53,8 @@ def make_update(
 
     Samples that are not valid are left out; where none is valid the update counts as one that is
     not finite, and changes nothing. Metrics are those of `rl.learn` and of
-    `rl.advantage`. Raises InputError for settings that do not fit each other.
+    `rl.advantage`, with the groups' "diversity". Raises InputError for settings that do not fit
+    each other.
     """
     if cfg.deviation not in DEVIATIONS:
         raise InputError(f"deviation {cfg.deviation!r}: choose from {', '.join(DEVIATIONS)}")
@@ -61,6 +62,7 @@ def make_update(
 
     def update(state, frozen, batch, trajectory, reward, valid, key):
         advantage, report = advantages(reward, batch["group"], valid, deviation=cfg.deviation)
+        report["diversity"] = diversity(trajectory.latents, batch["group"], valid)
         advantage = jnp.where(jnp.any(valid), advantage, jnp.nan)
         # Not the rollout's key, or DiffusionNFT would train on noise that it has sampled with.
         key = jax.random.fold_in(jax.random.fold_in(key, state.step), 1)

@@ -106,6 +106,7 @@ def run(
     batches: Callable, data: "Data", workdir: Path, mesh: jax.sharding.Mesh, *, progress: bool,
     cost_of: Callable[[dict], float] | None = None, versions: Callable[[], dict] = dict,
     useless: str = "were not finite; lower the learning rate, or look at the data",
+    watch: Callable[[dict], None] | None = None,
 ) -> state.State | None:
     """Advance the state `now` to its end, or from the last checkpoint on; None where SIGTERM
     stopped it.
@@ -113,8 +114,9 @@ def run(
     `advance` is the jitted step (state, frozen, batch, key) -> (state, figures), and `batches` a
     function (seed, start=step) -> (task, this host's arrays) from a step on; `cost_of` tells the
     operations of a batch, `versions` what others serve, which checkpoints record, and `useless`
-    what is wrong with steps that change nothing. `data` is what evaluation takes its examples
-    from. Raises InputError for a full disk, or where too many steps in a row changed nothing.
+    what is wrong with steps that change nothing; `watch` is called with each line of figures.
+    `data` is what evaluation takes its examples from. Raises InputError for a full disk, or where
+    too many steps in a row changed nothing.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
@@ -135,7 +137,7 @@ def run(
         costs = {}
         with (stopping() as stop_at,
               metrics.Writer(workdir, first, config.steps, config.batch, every=config.log_every,
-                             flops=costs, progress=progress) as writer):
+                             flops=costs, progress=progress, watch=watch) as writer):
 
             def report(step, now):
                 with writer.paused():

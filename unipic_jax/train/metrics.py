@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -28,13 +28,15 @@ class Writer:
     `first` steps are done already, of `total`; what was written of later ones is dropped. A line
     every `every` steps holds the means since the line before: of figures, floats; integers are
     counts and stay as they are. `flops` are the operations of a step by task, for the share of the
-    devices' peak. Raises InputError where the folder cannot be written.
+    devices' peak. `watch` is called with each line. Raises
+    InputError where the folder cannot be written.
     """
 
     def __init__(self, folder: Path, first: int, total: int, batch: int, *, every: int,
-                 flops: Mapping[str, float] = {}, progress: bool = True):
+                 flops: Mapping[str, float] = {}, progress: bool = True,
+                 watch: Callable[[dict], None] | None = None):
         self.folder, self.total, self.batch, self.every = Path(folder), total, batch, every
-        self.flops = flops
+        self.flops, self._watch = flops, watch
         self._writes = jax.process_index() == 0
         self._pending = None  # (step, what it reports, task), not read yet
         self._since: list[Values] = []  # the steps since the last line
@@ -155,6 +157,8 @@ class Writer:
                 if name != "step" and x is not None:
                     self._board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, x,
                                            step)
+        if self._watch:
+            self._watch(plain)
         said = _said(plain)
         if self._bar is not None:
             self._bar.set_postfix_str(said)
