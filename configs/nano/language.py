@@ -11,6 +11,6 @@ def get_config():
     config.objective = "answer"
     config.mllm = "configs/nano/model/metaquery/qwen2_5_vl"
     config.trained = config.fresh = ("mllm",)
-    config.data.text_tokens = 70  # an instruction of 20 words and a description
+    config.data.text_tokens = 60  # a question and its answer
     config.batch, config.steps = 32, 7000
     return config

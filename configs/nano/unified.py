@@ -8,8 +8,7 @@ from unipic_jax.train.config import nano
 
 
 def get_config():
-    config = nano(generate=1.0, edit=1.0)
+    config = nano(generate=1.0, edit=2.0)  # the conditioner has seen captions alone so far
     config.trained = ("conditioner", "transformer")
-    config.batch, config.steps = 32, 2500
-    config.optimizer.learning_rate = 5e-4
+    config.batch, config.steps = 32, 3000
     return config

@@ -318,30 +318,51 @@ def test_kinds_are_drawn_alike_and_evaluations_are_ordered():
         assert (e.answer is None) == (task != "describe")
 
 
-def test_a_third_of_the_training_questions_are_prompts_with_descriptions_of_their_targets():
+def changes(before, after) -> set[str]:
+    """What an edit does, in words."""
+    (ground, held), (other, now) = inside(before), inside(after)
+    things = [{c: "a " + " ".join(thing) for c, thing in h.items()} for h in (held, now)]
+    was, will = ([t.get(c, "nothing") for c in range(9)] for t in things)
+    return {f"{w} in the {p} to {n}" for w, n, p in zip(was, will, PLACES) if w != n} | (
+        {f"the background to {other}"} if other != ground else set())
+
+
+def test_a_third_of_the_training_questions_are_prompts_with_what_they_ask_for():
     samples = [blocks.question(7, i) for i in range(600)]
     asked = [s for s in samples if s.example.target is not None]
     assert 0.27 < len(asked) / len(samples) < 0.4
     edits = [s for s in asked if s.example.source is not None]
     assert 0.4 < len(edits) / len(asked) < 0.6
-    read, _ = detect(jnp.asarray(np.stack([s.example.target for s in asked]) / 255, jnp.float32))
+    target, source = (detect(jnp.asarray(np.stack(pictures) / 255, jnp.float32))[0]
+                      for pictures in ([s.example.target for s in asked],
+                                       [s.example.source for s in edits]))
     for i, s in enumerate(asked):
-        scene = jax.tree.map(lambda a: np.asarray(a)[i], read)  # noqa: B023
+        scene = jax.tree.map(lambda a: np.asarray(a)[i], target)  # noqa: B023
         assert not scenes.is_held_out(scene)
         assert s.example.task == "describe"
-        task = "generate" if s.example.source is None else "edit"
-        assert s.kind in blocks.KINDS[task]
-        whole = answer(scene, "Describe the picture.")
-        if task == "generate":
-            assert satisfies(scene, s.example.text)
-            # What the caption leaves open, the description does too.
-            words = set(re.findall(r"\w+", s.example.text))
-            for word in (*COLOURS, *BACKGROUNDS):
-                assert word in words or word not in s.example.answer.split()
-            left = [w for w in (*COLOURS, *BACKGROUNDS) if w not in words]
-            whole = re.sub(rf"(, on a| a) ({'|'.join(left)})( background)?\b", lambda m: (
-                "" if m[3] else " a"), f" {whole}").strip()
+        if s.example.source is not None:
+            assert s.kind in blocks.EDIT_KINDS
+            row = next(j for j, e in enumerate(edits) if e is s)
+            before = jax.tree.map(lambda a: np.asarray(a)[row], source)  # noqa: B023
+            assert set(s.example.answer.split(", ")) == changes(before, scene)
+            continue
+        assert s.kind in blocks.KINDS["generate"]
+        assert satisfies(scene, s.example.text)
+        # What the caption leaves open, the description does too.
+        words = set(re.findall(r"\w+", s.example.text))
+        for word in (*COLOURS, *BACKGROUNDS):
+            assert word in words or word not in s.example.answer.split()
+        left = [w for w in (*COLOURS, *BACKGROUNDS) if w not in words]
+        whole = re.sub(rf"(, on a| a) ({'|'.join(left)})( background)?\b", lambda m: (
+            "" if m[3] else " a"), f" {answer(scene, 'Describe the picture.')}").strip()
         assert s.example.answer == whole
+
+
+def test_several_objects_of_one_sort_share_their_colour():
+    samples = [blocks.generation(3, i, kind="counting") for i in range(60)]
+    read, _ = detect(jnp.asarray(np.stack([s.example.target for s in samples]) / 255, jnp.float32))
+    same = [len(set(row[row >= 0])) == 1 for row in np.asarray(read.colour)]
+    assert np.mean(same) == 1
 
 
 def test_the_vocabulary_is_small():

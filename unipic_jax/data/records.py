@@ -40,8 +40,8 @@ def _task(record) -> str:
 class Example:
     """A picture to draw from a caption, an edit to make, or a question to answer.
 
-    Of a caption or an edit, an answer is a description of its target, to be given by a language
-    model that does not see that. Pictures are uint8 [H, W, 3].
+    Of a caption or an edit, an answer describes its target, or what changes, to be given by a
+    language model that does not see the target. Pictures are uint8 [H, W, 3].
     """
 
     name: str  # says in a log where it came from

@@ -57,7 +57,7 @@ def caption(
     rng: np.random.Generator, kind: str
 ) -> tuple[str, Goal, int, list[tuple[int, int]]]:
     """A caption, its goal, and a background and (shape, colour)s that satisfy it, drawn at random
-    where the caption leaves them open."""
+    where the caption leaves them open; several objects of one sort are of one colour."""
     first, second = map(int, rng.permutation(len(SHAPES))[:2])
     shapes, count, said, relation = [first], [1, 0], [-1, -1], -1
     if kind in ("two_objects", "position", "colour_to_object"):
@@ -77,7 +77,9 @@ def caption(
         text = f" {RELATIONS[relation]} ".join(phrases)
 
     colours = rng.integers(len(COLOURS), size=len(shapes)).tolist()
-    if said[0] >= 0:
+    if kind == "counting":
+        colours = colours[:1] * len(shapes)
+    elif said[0] >= 0:
         colours = said[:len(shapes)]
     background, says_background = int(rng.integers(len(BACKGROUNDS))), rng.integers(4) == 0
     text = FRAMES[rng.integers(len(FRAMES))].format(text)

@@ -6,7 +6,7 @@ two coloured shapes, 1 in 16 pairs is held out in the same way. Two in three tra
 one or two objects say all that is in their picture, places too, as captions for pre-training do,
 and of these more have two.
 One in three training questions is none but a caption or an instruction, whose answer describes
-what it asks for: a language model is to know what to draw.
+what it asks for, or what it changes: a language model is to know what to draw.
 """
 
 import dataclasses
@@ -144,15 +144,15 @@ def _question(rng, name, kind, held_out) -> Sample:
 
 
 def _request(rng, name) -> Sample:
-    """A caption or an instruction, answered by what is to be drawn."""
+    """A caption or an instruction, answered by what is to be drawn or what is to change."""
     if rng.integers(2):
         kind = captions.GENERATION_KINDS[rng.integers(len(captions.GENERATION_KINDS))]
         text, _, drawn, wanted = _captioned(rng, kind, False)
         made = Sample(Example(name, text, target=draw(drawn)), kind, None)
+        answer = questions.description(wanted)
     else:
         made = _edit(rng, name, edits.EDIT_KINDS[rng.integers(len(edits.EDIT_KINDS))], False)
-        wanted = made.goal.target
-    answer = questions.description(wanted)
+        answer = questions.change(*made.goal)
     return made._replace(goal=None, example=dataclasses.replace(made.example, answer=answer))
 
 

@@ -1,4 +1,5 @@
-"""Questions about a picture, and their answers in a few words; and descriptions."""
+"""Questions about a picture and their answers in a few words; what a picture shows, and what an
+edit changes."""
 
 import numpy as np
 
@@ -69,6 +70,20 @@ def description(shown: Scene) -> str:
               for c in np.flatnonzero(shown.shape >= 0)]
     if shown.background >= 0:
         listed.append(f"on a {_backgrounds[shown.background]} background")
+    return ", ".join(listed)
+
+
+def change(source: Scene, target: Scene) -> str:
+    """What an edit does, cell by cell in reading order, and to the background."""
+    def thing(shown, cell):
+        return f"a {noun(shown.shape[cell], shown.colour[cell])}" if shown.shape[cell] >= 0 else (
+            "nothing")
+
+    changed = (source.shape != target.shape) | (source.colour != target.colour)
+    listed = [f"{thing(source, c)} in the {PLACES[c]} to {thing(target, c)}"
+              for c in np.flatnonzero(changed)]
+    if source.background != target.background:
+        listed.append(f"the background to {_backgrounds[target.background]}")
     return ", ".join(listed)
 
 
