@@ -31,6 +31,8 @@ lint: .venv/test
 .venv/test: .venv/run
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	# The TPU's compiler, where no other program finds it and looks for a TPU.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/tpu libtpu
 	touch $@
 
 clean:

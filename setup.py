@@ -41,6 +41,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "tpu": ["libtpu"],  # also compiles for TPUs where there are none
         # The PyTorch code that the results are compared with; nothing else imports it.
         "test": ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft>=0.21", "safetensors",
                  "pytest", "pytest-xdist", "ruff"],

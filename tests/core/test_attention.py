@@ -1,5 +1,7 @@
 """Every implementation against PyTorch's, values and gradients, on a mesh too."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from conftest import relative
 from unipic_jax.core import attention as module
 from unipic_jax.core import mesh
 from unipic_jax.core.attention import attention
+from unipic_jax.core.splash import splash
 
 
 def inputs(T, S, H=4, G=4, K=16, B=2):
@@ -117,17 +120,68 @@ def test_masked_blocks_are_the_same_on_a_mesh(shape):
 
 def test_what_cannot_be_done_is_refused():
     q, k, v, _ = inputs(8, 8)
-    with pytest.raises(ValueError, match="choose from xla, blockwise, cudnn"):
+    with pytest.raises(ValueError, match="choose from xla, blockwise, cudnn, splash"):
         attention(q, k, v, implementation="fast")
-    with pytest.raises(ValueError, match="blockwise attention takes no bias"):
+    with pytest.raises(ValueError, match="blockwise attention takes no bias; use xla"):
         attention(q, k, v, bias=jnp.zeros((8, 8)), implementation="blockwise")
-    with pytest.raises(ValueError, match="cudnn attention takes no bias, mask or causal"):
+    with pytest.raises(ValueError, match="cudnn attention takes no bias or mask or causal"):
         attention(q, k, v, causal=True, implementation="cudnn")
+    with pytest.raises(ValueError, match="splash attention takes no bias or mask"):
+        attention(q, k, v, mask=jnp.ones((8, 8), bool), implementation="splash")
 
 
-def test_cudnn_is_chosen_on_gpus_in_half_precision(monkeypatch):
-    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
-    half, full = (jnp.zeros((1, 512, 2, 64), d) for d in (jnp.bfloat16, jnp.float32))
-    assert module._choose(half, half, plain=True, unbiased=True) == "cudnn"
-    assert module._choose(half, half, plain=False, unbiased=True) == "xla"
-    assert module._choose(full, full, plain=True, unbiased=True) == "xla"
+@pytest.mark.parametrize(("platform", "asked", "want"), [
+    ("gpu", (), "cudnn"), ("gpu", ("causal",), "xla"), ("gpu", ("float32",), "xla"),
+    ("tpu", (), "splash"), ("tpu", ("causal", "segments"), "splash"), ("tpu", ("bias",), "xla"),
+    ("tpu", ("short",), "xla"), ("cpu", (), "blockwise"), ("cpu", ("bias",), "xla"),
+    ("cpu", ("short",), "xla")])
+def test_the_best_one_is_chosen_for_the_platform(platform, asked, want, monkeypatch):
+    monkeypatch.setattr(module.meshes, "platform", lambda: platform)
+    x = jnp.zeros((1, 100 if "short" in asked else 512, 2, 64),
+                  jnp.float32 if "float32" in asked else jnp.bfloat16)
+    assert module._choose(x, x, set(asked) - {"short", "float32"}) == want
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU's kernel itself, step by step on this machine."""
+    monkeypatch.setattr(module, "splash", functools.partial(splash, interpret=True))
+
+
+@pytest.mark.parametrize(("T", "S", "G", "K"), [(40, 40, 4, 64), (600, 130, 2, 80)])
+def test_splash_equals_pytorch_with_gradients(T, S, G, K, interpreted):
+    """Lengths under, over and not a multiple of the block; a head that is padded."""
+    args = inputs(T, S, G=G, K=K, B=1)
+    out, *gradients = zip(ours(*args, implementation="splash"), theirs(*args))
+    assert relative(*out) < 5e-7  # PyTorch's float32 is 3.7e-7 from its float64
+    assert max(relative(*pair) for pair in gradients) < 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_splash_keeps_to_segments_as_xla_does(causal, interpreted):
+    args = inputs(150, 150, G=2, K=64)
+    # As prompts padded on the right, whose padding still looks at what is there.
+    numbers = np.ones((2, 150), np.int32), np.arange(150) < np.array([[150], [70]])
+    if not causal:  # pictures in a row, and padding that looks at itself
+        numbers = (np.repeat([[1, 2, 0], [1, 1, 2]], 50, 1),) * 2
+    segments = tuple(map(jnp.asarray, numbers))
+    both = [ours(*args, causal=causal, segments=segments, implementation=i)
+            for i in ("splash", "xla")]
+    out, *gradients = zip(*both)
+    assert relative(*out) < 5e-7
+    assert max(relative(*pair) for pair in gradients) < 1e-6
+
+
+def test_splash_is_the_same_on_a_mesh(interpreted):
+    q, k, v, _ = inputs(150, 140, B=4, K=64)
+    segments = np.ones((4, 150), int), np.arange(140) < np.array([[140], [9], [70], [1]])
+    f = jax.jit(lambda q, k, v, *s: attention(q, k, v, segments=s, implementation="splash"))
+    want = f(q, k, v, *segments)
+    m = mesh.make(1, 4, 2)
+    with jax.set_mesh(m):
+        spec = jax.sharding.NamedSharding(m, jax.P(mesh.BATCH, None, "tensor", None))
+        rows = jax.sharding.NamedSharding(m, jax.P(mesh.BATCH, None))
+        out = f(*(jax.device_put(a, spec) for a in (q, k, v)),
+                *(jax.device_put(a, rows) for a in segments))
+    assert out.sharding.spec == spec.spec
+    assert relative(out, want) < 1e-6

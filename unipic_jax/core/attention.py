@@ -1,4 +1,4 @@
-"""Attention behind one function: plain XLA, blockwise, or cuDNN's fused kernel."""
+"""Attention behind one function: plain XLA, blockwise, or the fused kernels of GPUs and TPUs."""
 
 import functools
 
@@ -8,59 +8,76 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unipic_jax.core import mesh as meshes
+from unipic_jax.core.splash import LANES, splash
 
 BLOCK = 256  # queries a block: a head's scores for them stay in a core's cache
-IMPLEMENTATIONS = ("xla", "blockwise", "cudnn")
+REFUSED = {"xla": (), "blockwise": ("bias",), "cudnn": ("bias", "mask", "causal", "segments"),
+           "splash": ("bias", "mask")}
+"""The implementations, and what each cannot do."""
 
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     causal: bool = False, bias: jax.Array | None = None, mask: jax.Array | None = None,
-    scale: float | None = None, implementation: str | None = None,
+    segments: tuple[jax.Array, jax.Array] | None = None, scale: float | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v, with the softmax in float32.
 
     q [B, T, H, K]; k, v [B, S, G, K], where G divides H (grouped queries); bias and mask (bool,
-    True where a query may attend) broadcast to [B, H, T, S]; a query that may attend nowhere gets
-    the mean of v; scale is 1/sqrt(K) unless given. Returns [B, T, H, K] in the type of q.
+    True where a query may attend) broadcast to [B, H, T, S]; segments, int [B, T] and [B, S], let
+    a query attend to keys of its own number; causal, with T < S, takes the queries for the last T.
+    A query that may attend nowhere gets the mean of v, from "splash" anything; scale is 1/sqrt(K)
+    unless given. Returns [B, T, H, K] in the type of q.
     `implementation`: "xla" holds all scores; "blockwise" never holds more than those of `BLOCK`
     queries of a head, in the gradient neither, and takes no bias; "cudnn" is NVIDIA's kernel, in
-    half precision, without bias, mask or causal. By default the best of them for the platform,
-    the type and the length.
+    half precision, without bias, mask, segments or causal; "splash" is the TPU's (`core.splash`),
+    without bias or mask. By default the best of them for the platform, the type and the length.
     Raises ValueError for an unknown implementation or one that cannot do what is asked.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = bias is None and mask is None and not causal
-    implementation = implementation or _choose(q, k, plain, bias is None)
-    if implementation == "xla":
-        f = functools.partial(_xla, causal=causal, scale=scale)
-        return f(q, k, v, bias, mask)
-    if implementation not in IMPLEMENTATIONS:
+    asked = {"bias": bias is not None, "mask": mask is not None, "causal": causal,
+             "segments": segments is not None}
+    implementation = implementation or _choose(q, k, {n for n in asked if asked[n]})
+    if implementation not in REFUSED:
         raise ValueError(f"attention implementation {implementation!r}: choose from "
-                         f"{', '.join(IMPLEMENTATIONS)}")
-    if bias is not None or (implementation == "cudnn" and not plain):
-        refused = "bias" if implementation == "blockwise" else "bias, mask or causal"
-        raise ValueError(f"{implementation} attention takes no {refused}; use xla")
+                         f"{', '.join(REFUSED)}")
+    if any(asked[name] for name in REFUSED[implementation]):
+        raise ValueError(f"{implementation} attention takes no "
+                         f"{' or '.join(REFUSED[implementation])}; use xla")
+    if segments is not None and implementation != "splash":
+        same = (segments[0][:, :, None] == segments[1][:, None])[:, None]
+        mask, segments = same if mask is None else mask & same, None
+    if implementation == "xla":
+        return _xla(q, k, v, bias, mask, causal=causal, scale=scale)
     if implementation == "cudnn":
-        local, args = functools.partial(_cudnn, scale=scale), (q, k, v)
+        local, more = functools.partial(_cudnn, scale=scale), ()
+    elif implementation == "splash":
+        local, more = functools.partial(splash, causal=causal, scale=scale), segments or ()
     else:
         local = functools.partial(_blockwise, causal=causal, scale=scale)
-        args = (q, k, v) if mask is None else (q, k, v, mask[(None,) * (4 - mask.ndim)])
+        more = () if mask is None else (mask[(None,) * (4 - mask.ndim)],)
     spec = meshes.spec_of(q)
     if spec is None:
-        return local(*args)
+        return local(q, k, v, *more)
     spec = P(spec[0], None, spec[2], None)  # whole sequences and heads on each device
-    specs = [spec] * 3 + [P(*(n if d > 1 else None for n, d in zip((spec[0], spec[2]), a.shape)),
-                            None, None) for a in args[3:]]
-    return jax.shard_map(local, in_specs=tuple(specs), out_specs=spec)(
-        *(jax.reshard(a, s) for a, s in zip(args, specs)))
+    specs = [spec] * 3 + [P(spec[0], None) if a.ndim == 2 else P(
+        *(n if d > 1 else None for n, d in zip((spec[0], spec[2]), a.shape)), None, None)
+        for a in more]
+    # The kernels do not say over which axes their outputs vary.
+    return jax.shard_map(local, in_specs=tuple(specs), out_specs=spec,
+                         check_vma=implementation != "splash")(
+        *(jax.reshard(a, s) for a, s in zip((q, k, v, *more), specs)))
 
 
-def _choose(q, k, plain: bool, unbiased: bool) -> str:
-    platform = jax.default_backend()
-    if plain and platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+def _choose(q, k, asked: set[str]) -> str:
+    T, S = q.shape[1], k.shape[1]
+    platform, able = meshes.platform(), {n for n in REFUSED if not asked & {*REFUSED[n]}}
+    if platform == "gpu" and "cudnn" in able and q.dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
-    if unbiased and platform == "cpu" and q.shape[1] * k.shape[1] > BLOCK * BLOCK:
+    if platform == "tpu" and "splash" in able and T >= LANES:
+        return "splash"
+    if platform == "cpu" and "blockwise" in able and T * S > BLOCK * BLOCK:
         return "blockwise"
     return "xla"
 

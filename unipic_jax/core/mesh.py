@@ -68,6 +68,13 @@ def spec_of(x) -> P | None:
     return P(*s.spec, *[None] * (x.ndim - len(s.spec)))
 
 
+def platform() -> str:
+    """What a program under trace is for: the mesh's devices, which need not be here, or else the
+    default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def gather(w: jax.Array) -> jax.Array:
     """All of a weight along `fsdp`; called where the weight is used, so that inside a scanned
     layer no more than that layer is ever whole."""

@@ -49,8 +49,11 @@ def apply(
         raise ValueError(f"mask {mask.shape} must be {(B, length)}")
     index, kv = (0, None) if cache is None else (cache["index"], (cache["k"], cache["v"]))
     angle = rope.angles(cfg, positions)
-    past = jnp.arange(length) <= index + jnp.arange(S)[:, None]
-    mask = mask.astype(bool)[:, None, None] & past  # [B, 1, S, length]
+    if cache is None:
+        allowed = {"causal": True, "segments": (jnp.ones_like(mask, jnp.int32), mask)}
+    else:
+        past = jnp.arange(length) <= index + jnp.arange(S)[:, None]
+        allowed = {"mask": mask.astype(bool)[:, None, None] & past}  # [B, 1, S, length]
 
     def layer(carry, numbered):
         x, kv = carry
@@ -62,7 +65,7 @@ def apply(
             kv = tuple(lax.dynamic_update_slice(old, new[None], (number, 0, index, 0, 0))
                        for old, new in zip(kv, (k, v)))
             k, v = (lax.dynamic_index_in_dim(a, number, keepdims=False) for a in kv)
-        y = checkpoint_name(attention(q, k, v, mask=mask).reshape(B, S, -1), "attention")
+        y = checkpoint_name(attention(q, k, v, **allowed).reshape(B, S, -1), "attention")
         x = x + ops.linear(p["out"], y)
         y = ops.rms_norm(x, p["norm2"], eps=cfg.rms_norm_eps)
         y = jax.nn.silu(ops.linear(p["gate"], y)) * ops.linear(p["up"], y)

@@ -130,8 +130,8 @@ def _attend(q, k, v, segments, sequences, length):
     """Attention within each picture, over [B, W, M] as so many sequences of a length."""
     merged = (a.reshape(sequences, length, *a.shape[3:]) for a in (q, k, v))
     segments = segments.reshape(sequences, length)
-    mask = segments[:, None, :, None] == segments[:, None, None]
-    return attention(*merged, mask=mask).reshape(q.shape, out_sharding=meshes.spec_of(q))
+    out = attention(*merged, segments=(segments, segments))
+    return out.reshape(q.shape, out_sharding=meshes.spec_of(q))
 
 
 def _parts(p):

@@ -1,0 +1,52 @@
+"""TPUs' splash attention, from JAX's own library of kernels: scores never leave the chip's vector
+memory, in the gradient neither."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+LANES = 128  # sequences are padded to multiples of this
+BLOCK = 512  # queries, and keys, a block at most; larger ones waste more of their padding
+HEAD = 64  # sizes of heads are padded to multiples of this
+
+
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array | None = None,
+    keys: jax.Array | None = None, *, causal: bool, scale: float, interpret: bool = False,
+) -> jax.Array:
+    """softmax(scale q k^T) v, as `core.attention` has it, on one device.
+
+    queries [B, T] and keys [B, S], int of 0 or more, are the segments; each query has a key of its
+    own. `interpret` runs the kernel on any platform, slowly.
+    """
+    (B, T, H, K), S = q.shape, k.shape[1]
+    (t, block_q), (s, block_k) = map(_padded, (T, S))
+
+    def heads_first(x, length):  # [B, T, H, K] -> [B, H, length, K]
+        padding = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, -K % HEAD))
+        return jnp.pad(x, padding).swapaxes(1, 2)
+
+    # No query is of the segment of keys that pad; queries that pad do as the last one does, for
+    # the gradient of one that attends nowhere is not finite.
+    if queries is None:
+        queries, keys = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+    segments = kernels.SegmentIds(
+        jnp.pad(queries.astype(jnp.int32), ((0, 0), (0, t - T)), mode="edge"),
+        jnp.pad(keys.astype(jnp.int32), ((0, 0), (0, s - S)), constant_values=-1))
+    allowed = masks.CausalMask((t, s), S - T) if causal else masks.FullMask((t, s))
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([allowed] * H), head_shards=1, q_seq_shards=1, interpret=interpret,
+        block_sizes=kernels.BlockSizes(
+            block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=block_k,
+            block_q_dq=block_q, block_kv_dq=block_k))
+    q = heads_first(q * jnp.asarray(scale, q.dtype), t)
+    out = jax.vmap(kernel)(q, heads_first(k, s), heads_first(v, s), segments)
+    return out.swapaxes(1, 2)[:, :T, :, :K]
+
+
+def _padded(length: int) -> tuple[int, int]:
+    """A length in whole blocks, and the size of a block: equal ones waste least."""
+    blocks = -(-length // BLOCK)
+    size = -(-length // (blocks * LANES)) * LANES
+    return blocks * size, size
