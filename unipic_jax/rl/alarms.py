@@ -38,7 +38,8 @@ class Alarms:
                 log.warning("step %d: %s", line["step"], text)
 
     def _note(self, line) -> None:
-        self._reward = line.get("reward") or self._reward
+        if line.get("reward") is not None:
+            self._reward = line["reward"]
         for name, value in line.items():
             if (name in ("diversity", "reward") or name.endswith("/quality")) and value is not None:
                 known = self._first.setdefault(name, [])
