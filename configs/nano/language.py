@@ -11,6 +11,7 @@ def get_config():
     config.objective = "answer"
     config.mllm = "configs/nano/model/metaquery/qwen2_5_vl"
     config.trained = config.fresh = ("mllm",)
-    config.data.text_tokens = 60  # a question and its answer
-    config.batch, config.steps = 32, 7000
+    config.data.text_tokens = 96  # four or five questions and their answers
+    config.batch, config.steps = 16, 8000
+    config.optimizer.learning_rate = 7e-4
     return config

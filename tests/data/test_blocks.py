@@ -292,7 +292,7 @@ def test_examples_are_a_function_of_seed_and_index(task):
     for i in (5, 10**9 - 1, 3):
         a, b = source[i], copy[i]
         assert a.name == f"blocks/{task}/17/{i}"
-        assert (a.text, a.answer) == (b.text, b.answer)
+        assert (a.text, a.answer, a.turns) == (b.text, b.answer, b.turns)
         for field in ("source", "target"):
             assert np.array_equal(getattr(a, field), getattr(b, field))
     texts, other = ({(e.text, e.answer) for e in blocks.Source(task, seed, 50)}
@@ -327,12 +327,12 @@ def changes(before, after) -> set[str]:
         {f"the background to {other}"} if other != ground else set())
 
 
-def test_a_third_of_the_training_questions_are_prompts_with_what_they_ask_for():
+def test_half_of_the_training_questions_are_prompts_with_what_they_ask_for():
     samples = [blocks.question(7, i) for i in range(600)]
     asked = [s for s in samples if s.example.target is not None]
-    assert 0.27 < len(asked) / len(samples) < 0.4
+    assert 0.43 < len(asked) / len(samples) < 0.57
     edits = [s for s in asked if s.example.source is not None]
-    assert 0.4 < len(edits) / len(asked) < 0.6
+    assert 0.57 < len(edits) / len(asked) < 0.77
     target, source = (detect(jnp.asarray(np.stack(pictures) / 255, jnp.float32))[0]
                       for pictures in ([s.example.target for s in asked],
                                        [s.example.source for s in edits]))
@@ -356,6 +356,20 @@ def test_a_third_of_the_training_questions_are_prompts_with_what_they_ask_for():
         whole = re.sub(rf"(, on a| a) ({'|'.join(left)})( background)?\b", lambda m: (
             "" if m[3] else " a"), f" {answer(scene, 'Describe the picture.')}").strip()
         assert s.example.answer == whole
+
+
+def test_training_goes_on_to_ask_about_a_picture():
+    examples = list(blocks.Source("describe", 5, 100))
+    shown = [e for e in examples if e.source is not None]
+    read, _ = detect(jnp.asarray(np.stack([e.source for e in shown]) / 255, jnp.float32))
+    for i, e in enumerate(shown):
+        assert 2 <= len(e.turns) <= 6
+        scene = jax.tree.map(lambda a: np.asarray(a)[i], read)  # noqa: B023
+        for question, its in e.turns:
+            assert answer(scene, question) == its, question
+    assert all(e.turns == () for e in examples if e.source is None)
+    assert all(s.example.turns == () for s in (
+        blocks.question(5, i, kind="place", held_out=True) for i in range(3)))
 
 
 def test_several_objects_of_one_sort_share_their_colour():

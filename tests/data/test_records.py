@@ -37,15 +37,16 @@ EXAMPLES = [
     Example("b", "edit", picture(), picture(10, 30)),
     Example("c", "what?", None, picture(8, 8), "a cat", {
         "context": RNG.normal(size=(2, 3)).astype(ml_dtypes.bfloat16),
-        "source_moments": RNG.normal(size=(4,)).astype(np.float16)}),
+        "source_moments": RNG.normal(size=(4,)).astype(np.float16)},
+        (("where?", "here"), ("why?", ""))),
 ]
 
 
 def test_round_trip():
     for example in EXAMPLES:
         back = records.decode(records.encode(records.to_record(example)))
-        assert (back.name, back.text, back.answer, back.task) == (
-            example.name, example.text, example.answer, example.task)
+        assert (back.name, back.text, back.answer, back.task, back.turns) == (
+            example.name, example.text, example.answer, example.task, example.turns)
         for a, b in ((back.target, example.target), (back.source, example.source)):
             assert (a is None) == (b is None)
             np.testing.assert_array_equal(a, b) if a is not None else None
@@ -92,6 +93,9 @@ def test_bad_records_say_what_is_wrong():
             (msgpack.packb(fields | {"answer": "yes", "target": None}), "it has no picture"),
             (msgpack.packb(fields | {"target": noise[:len(noise) // 2]}),
              "its target cannot be read as a picture: image file is truncated"),
+            (msgpack.packb(fields | {"turns": [["where?"]]}), "its turns are not pairs"),
+            (msgpack.packb(fields | {"turns": [["a", "b"]]}), "it has turns but no answer"),
+            (msgpack.packb(fields | {"turns": 3}), "its fields are not those"),
             (msgpack.packb(fields | {"target": b"poem"}), "its target cannot be read as a pic")):
         with pytest.raises(BadRecord, match=message):
             records.decode(raw)

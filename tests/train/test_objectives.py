@@ -194,6 +194,27 @@ def test_what_is_to_be_said_is_what_describe_would_have_to_say(golden_qwen, aske
         assert describe._answer(chat, tokens).text == example.answer
 
 
+def test_turns_are_put_as_the_chat_template_does_while_they_fit(golden_qwen, asked):
+    part, _, rows = golden_qwen
+    chat = qwen_chat.open_chat(GOLDEN_QWEN)
+    turns = (("Why?", "yes"), ("Where?", "in"), ("What is it, " + "x" * TOKENS, "no"))
+    batch = rows([dataclasses.replace(asked[1], turns=turns)])
+    ids = batch["prompt"]["ids"][0, batch["prompt"]["mask"][0]]
+    talk = [{"role": "user", "content": [
+        {"type": "image", "image": Image.fromarray(asked[1].source)},
+        {"type": "text", "text": asked[1].text}]},
+        {"role": "assistant", "content": asked[1].answer}]
+    for question, answer in turns[:2]:
+        talk += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    # What is rendered goes on to the next answer; here it ends with the last one.
+    want = qwen_chat.read(chat, part.config, [talk])
+    want = want.ids[0, want.mask[0]]
+    np.testing.assert_array_equal(ids, want[:len(ids)])
+    assert chat.tokenizer.decode(want[len(ids):]) == "\n<|im_start|>assistant\n"
+    said = chat.tokenizer.decode(batch["prompt"]["ids"][0, batch["answers"][0]])
+    assert said.split("<|im_end|>") == [asked[1].answer, "yes", "in", ""]
+
+
 def test_accuracy_counts_answers_that_are_right_at_every_token(golden_qwen, answers):
     """With what the model itself likes best in the place of the answers, it is 1 a row."""
     part, params, _ = golden_qwen

@@ -41,7 +41,8 @@ class Example:
     """A picture to draw from a caption, an edit to make, or a question to answer.
 
     Of a caption or an edit, an answer describes its target, or what changes, to be given by a
-    language model that does not see the target. Pictures are uint8 [H, W, 3].
+    language model that does not see the target. `turns` are further questions of the same chat
+    with their answers. Pictures are uint8 [H, W, 3].
     """
 
     name: str  # says in a log where it came from
@@ -50,6 +51,7 @@ class Example:
     source: np.ndarray | None = None  # the picture that is edited or asked about
     answer: str | None = None
     cached: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def task(self) -> str:
@@ -66,6 +68,7 @@ class Record:
     source: bytes | None = None
     answer: str | None = None
     cached: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def task(self) -> str:
@@ -83,6 +86,10 @@ def check(record: Record) -> None:
                         ("source", bytes | None), ("answer", str | None)):
         if not isinstance(getattr(record, field), kind):
             raise BadRecord(f"its {field} is of type {type(getattr(record, field)).__name__}")
+    if not all(len(turn) == 2 and all(isinstance(t, str) for t in turn) for turn in record.turns):
+        raise BadRecord("its turns are not pairs of a question and an answer")
+    if record.turns and record.answer is None:
+        raise BadRecord("it has turns but no answer before them")
     if record.answer is None and record.target is None:
         raise BadRecord("it has neither a target picture nor an answer")
     if record.source is None and record.target is None:
@@ -119,7 +126,8 @@ def png(picture: np.ndarray) -> bytes:
 def to_record(example: Example) -> Record:
     """An example with its pictures as PNG, which loses nothing."""
     target, source = (None if p is None else png(p) for p in (example.target, example.source))
-    return Record(example.name, example.text, target, source, example.answer, example.cached)
+    return Record(example.name, example.text, target, source, example.answer, example.cached,
+                  example.turns)
 
 
 def to_example(record: Record) -> Example:
@@ -127,7 +135,8 @@ def to_example(record: Record) -> Example:
     check(record)
     target, source = (None if p is None else pixels(p, what) for p, what in (
         (record.target, "target"), (record.source, "source")))
-    return Example(record.name, record.text, target, source, record.answer, record.cached)
+    return Example(record.name, record.text, target, source, record.answer, record.cached,
+                   record.turns)
 
 
 def encode(record: Record) -> bytes:
@@ -137,7 +146,7 @@ def encode(record: Record) -> bytes:
               for k, a in record.cached.items()}
     return msgpack.packb({"schema": SCHEMA, "name": record.name, "text": record.text,
                           "target": record.target, "source": record.source,
-                          "answer": record.answer, "cached": cached})
+                          "answer": record.answer, "turns": record.turns, "cached": cached})
 
 
 def unpack(raw: bytes) -> Record:
@@ -152,7 +161,8 @@ def unpack(raw: bytes) -> Record:
     try:
         cached = {k: np.frombuffer(a["data"], CACHE_DTYPES[a["dtype"]]).reshape(a["shape"])
                   for k, a in fields.pop("cached").items()}
-        record = Record(**fields, cached=cached)
+        turns = tuple(map(tuple, fields.pop("turns", ())))  # which earlier shards have not
+        record = Record(**fields, turns=turns, cached=cached)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise BadRecord(f"its fields are not those of {SCHEMA!r}") from None
     check(record)

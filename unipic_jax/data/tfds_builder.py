@@ -14,7 +14,8 @@ NAME = "unipic_examples"
 
 
 class UnipicExamples(tfds.core.GeneratorBasedBuilder):
-    """Pictures are the bytes of PNG, JPEG or WebP files; a field that is not there is empty."""
+    """Pictures are the bytes of PNG, JPEG or WebP files; a field that is not there is empty.
+    Of a chat it holds the first question and answer."""
 
     VERSION = tfds.core.Version("1.0.0")
 

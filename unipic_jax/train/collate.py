@@ -85,8 +85,8 @@ class Answers:
     """Questions about pictures with their answers; or prompts to draw from, as MetaQuery puts
     them, with descriptions.
 
-    A question and its answer have `text_tokens` together: a question is cut so that its answer
-    fits, and an answer of more raises InputError.
+    A chat has `text_tokens` of text: its first question is cut so that the answer fits, an answer
+    of more raises InputError, and of the turns after it there are as many as fit.
     """
 
     mllm: Path
@@ -96,7 +96,7 @@ class Answers:
     def __call__(self, examples: Examples) -> dict:
         chat = qwen_chat.open_chat(self.mllm)
         end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        said = [[*chat.tokenizer(e.answer).input_ids, end] for e in examples]
+        said = [[*chat.tokenizer(e.answer).input_ids, end] for e in examples]  # first answers
         for example, tokens in zip(examples, said):
             if len(tokens) > self.text_tokens + 1:
                 raise InputError(f"{example.name}: its answer has {len(tokens) - 1} tokens, more "
@@ -116,9 +116,14 @@ class Answers:
         answers = np.zeros_like(mask)
         for row, tokens in enumerate(said):
             begin = asked.mask[row].sum()
-            ids[row, begin:begin + len(tokens)] = tokens
-            answers[row, begin:begin + len(tokens)] = True
-        mask |= answers
+            for question, answer in [([], tokens), *_turns(chat, examples[row].turns, end)]:
+                middle = begin + len(question)
+                if middle + len(answer) > length + 1:
+                    break
+                ids[row, begin:middle + len(answer)] = [*question, *answer]
+                answers[row, middle:middle + len(answer)] = True
+                begin = middle + len(answer)
+            mask[row, :begin] = True
         positions, _ = rope.picture_positions(self.cfg, ids, asked.grids, mask)
         to_draw = np.array([e.target is not None for e in examples])
         if to_draw.any():
@@ -151,6 +156,13 @@ def _number(example) -> float:
         return float(example.answer)
     except ValueError:
         raise InputError(f"{example.name}: its answer {example.answer!r} is not a score") from None
+
+
+def _turns(chat, turns, end) -> list[tuple[list[int], list[int]]]:
+    """The tokens of questions, from the end of the answer before on, and of their answers."""
+    tokens = chat.tokenizer
+    return [(tokens(f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").input_ids,
+             [*tokens(answer).input_ids, end]) for question, answer in turns]
 
 
 def _cut(chat, text, tokens):

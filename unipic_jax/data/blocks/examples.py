@@ -5,8 +5,9 @@ picture, source or target, and every evaluation example has only such. Of the ca
 two coloured shapes, 1 in 16 pairs is held out in the same way. Two in three training captions of
 one or two objects say all that is in their picture, places too, as captions for pre-training do,
 and of these more have two.
-One in three training questions is none but a caption or an instruction, whose answer describes
-what it asks for, or what it changes: a language model is to know what to draw.
+One in two training questions is none but a caption or an instruction, whose answer describes what
+it asks for, or what it changes: a language model is to know what to draw. Where there is a
+picture, training goes on to ask about it (`Example.turns`).
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from unipic_jax.data.records import TASKS, Example
 KINDS = dict(zip(TASKS, (captions.GENERATION_KINDS, edits.EDIT_KINDS, questions.QUESTION_KINDS)))
 """The kinds of the examples of each task."""
 HARDER = ("count", "place", "relation", "relation")  # questions, asked so much oftener in training
+TURNS = 6  # at most, after the first question
 TRIES = 8  # at the edits of one scene, of which there may be few
 
 
@@ -43,11 +45,11 @@ class EditGoal(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An example, its kind, and what its score needs: nothing but the answer for a question."""
+    """An example, its kind, and what its score needs, which for a question is its answer alone."""
 
     example: Example
     kind: str
-    goal: Goal | EditGoal | None
+    goal: Goal | EditGoal | Scene | None
 
 
 class Evaluation(NamedTuple):
@@ -72,11 +74,9 @@ def sample(
     name = f"blocks/{task}/{seed}/{index}"
     if held_out or kind:
         name = f"blocks/{task}/{'held out' if held_out else 'training'}/{kind}/{seed}/{index}"
-    if task == "describe" and not kind and rng.integers(3) == 0:
-        return _request(rng, name)
-    if not kind:
-        kinds = KINDS[task] + HARDER * (task == "describe")
-        kind = kinds[rng.integers(len(kinds))]
+    if task == "describe" and not kind:
+        return _chat(rng, name)
+    kind = kind or KINDS[task][rng.integers(len(KINDS[task]))]
     make = {"generate": _generation, "edit": _edit, "describe": _question}[task]
     return make(rng, name, kind, held_out)
 
@@ -140,20 +140,39 @@ def _question(rng, name, kind, held_out) -> Sample:
             rng, kind, background, objects)
         if asked:
             text, answer = asked
-            return Sample(Example(name, text, source=draw(shown), answer=answer), kind, None)
+            return Sample(Example(name, text, source=draw(shown), answer=answer), kind, shown)
 
 
-def _request(rng, name) -> Sample:
-    """A caption or an instruction, answered by what is to be drawn or what is to change."""
-    if rng.integers(2):
+def _chat(rng, name) -> Sample:
+    """A caption, answered by what is to be drawn; or an instruction, answered by what changes, or
+    a question, and more questions about the picture after them."""
+    first = rng.integers(6)
+    if first == 0:
         kind = captions.GENERATION_KINDS[rng.integers(len(captions.GENERATION_KINDS))]
         text, _, drawn, wanted = _captioned(rng, kind, False)
-        made = Sample(Example(name, text, target=draw(drawn)), kind, None)
         answer = questions.description(wanted)
-    else:
+        return Sample(Example(name, text, target=draw(drawn), answer=answer), kind, None)
+    if first <= 2:
         made = _edit(rng, name, edits.EDIT_KINDS[rng.integers(len(edits.EDIT_KINDS))], False)
-        answer = questions.change(*made.goal)
-    return made._replace(goal=None, example=dataclasses.replace(made.example, answer=answer))
+        shown, answer = made.goal.source, questions.change(*made.goal)
+    else:
+        made = _question(rng, name, _question_kind(rng), False)
+        shown, answer = made.goal, made.example.answer
+    example = dataclasses.replace(made.example, answer=answer, turns=_turns(rng, shown))
+    return Sample(example, made.kind, None)
+
+
+def _turns(rng, shown: Scene) -> tuple[tuple[str, str], ...]:
+    objects = {int(c): (int(shown.shape[c]), int(shown.colour[c]))
+               for c in np.flatnonzero(shown.shape >= 0)}
+    asked = (questions.question(rng, _question_kind(rng), int(shown.background), objects)
+             for _ in range(TURNS))
+    return tuple(filter(None, asked))
+
+
+def _question_kind(rng) -> str:
+    kinds = questions.QUESTION_KINDS + HARDER
+    return kinds[rng.integers(len(kinds))]
 
 
 def _ground(rng) -> int:
