@@ -13,5 +13,5 @@ def get_config():
     config.trained = config.fresh = ("vae",)
     config.batch, config.steps = 8, 5000
     config.ema = 0.995
-    config.optimizer.update({"learning_rate": 2e-3, "muon": False})
+    config.optimizer.learning_rate = 2e-3
     return config

@@ -2,7 +2,7 @@
 
 Held out for evaluation is 1 in 16 of the scenes, by a hash: no training example has one as its
 picture, source or target, and every evaluation example has only such. Of the captions that name
-two coloured shapes, 1 in 16 pairs is held out in the same way. Two in three training captions of
+two coloured shapes, 1 in 16 pairs is held out in the same way. One in two training captions of
 one or two objects say all that is in their picture, places too, as captions for pre-training do,
 and of these more have two.
 One in two training questions is none but a caption or an instruction, whose answer describes what
@@ -32,7 +32,8 @@ from unipic_jax.data.records import TASKS, Example
 
 KINDS = dict(zip(TASKS, (captions.GENERATION_KINDS, edits.EDIT_KINDS, questions.QUESTION_KINDS)))
 """The kinds of the examples of each task."""
-HARDER = ("count", "place", "relation", "relation")  # questions, asked so much oftener in training
+HARDER = ("place", "place", "place", "relation", "relation", "colour", "count")
+"""Questions that find an object by its name, asked so much oftener in training."""
 TURNS = 6  # at most, after the first question
 TRIES = 8  # at the edits of one scene, of which there may be few
 
@@ -95,7 +96,7 @@ def _captioned(rng, kind, held_out) -> tuple[str, Goal, Scene, Scene]:
         full = False
         if held_out and kind == "colour_to_object":  # of whose pairs few have a held-out pose
             placed = captions.arrange(rng, goal, objects)
-        elif held_out or len(objects) > captions.MOST_DESCRIBED or rng.integers(3) == 0:
+        elif held_out or len(objects) > captions.MOST_DESCRIBED or rng.integers(2):
             placed = captions.pose(goal, objects)
         else:
             if len(objects) == 1 and rng.integers(2):
