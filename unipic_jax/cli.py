@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unipic_jax import cli_rewards, cli_train
+from unipic_jax import cli_plan, cli_rewards, cli_train
 from unipic_jax.core.errors import InputError
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
-        if rest and args.run not in cli_train.TAKE_FIELDS:
+        if rest and args.run not in (*cli_train.TAKE_FIELDS, cli_plan.plan):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
         return args.run(args) or 0
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="write the token ids of the last answer")
 
     cli_train.add(command)
+    cli_plan.add(command)
     cli_rewards.add(command)
 
     for name, run, text in (("convert", _convert, "A released PyTorch folder to the JAX layout."),

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +17,8 @@ from ml_collections import ConfigDict
 from unipic_jax.conditioning import judging, qwen_chat
 from unipic_jax.convert import load
 from unipic_jax.core import curves
+from unipic_jax.data.records import Example
+from unipic_jax.model import Part
 from unipic_jax.rl import learn, recipe, remote
 from unipic_jax.rl.alarms import Alarms
 from unipic_jax.rl.prompts import Blocks, File, Prompts
@@ -38,11 +41,11 @@ def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bo
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         here = stage.open_stage(config)
         recipe.check(config, here)
-        judge, ask = None, None
+        judge, asked = None, None
         if recipe.JUDGE in config.rl.reward and not config.rl.server.url:
             judge = stage.open_judge(*[load.find(config.judge)] * 2)
-            ask = functools.partial(_ask, config, judge["mllm"])
-        prompts = _prompts(config, here, mesh, ask)
+            asked = functools.partial(ask, config, judge["mllm"])
+        prompts = _prompts(config, here, mesh, asked)
         reward = stack.enter_context(remote.connect(config)) if config.rl.server.url else None
         how = recipe.learning(config)
         trained, frozen = stage.parameters(config, here, mesh)
@@ -83,7 +86,8 @@ USELESS = ("were not finite or had no reward; lower the learning rate, or see to
            "server: the same command goes on from the last checkpoint")
 
 
-def _ask(config, mllm, examples):
+def ask(config, mllm: Part, examples: Sequence[Example]) -> dict:
+    """What the judge is asked of edits, as the arrays of `judging.Inputs` by name."""
     side = recipe.picture_side(config)
     return judging.prepare(qwen_chat.open_chat(mllm.folder), mllm.config,
                            [e.text for e in examples], (side, side),

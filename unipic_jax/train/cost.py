@@ -16,7 +16,7 @@ def per_sample(config, stage: Stage, batch: dict) -> float:
     transformer behind a conditioner or text encoders, the language model behind its queries.
     Adapters count as the weights they adapt being passed.
     """
-    forward = _forward(config.objective, stage.parts, batch)
+    forwards = forward(config.objective, stage.parts, batch)
     trained = set() if config.lora.rank else set(stage.trained)
     passed = set(stage.trained) - trained
     if set(stage.trained) & {"conditioner", *kontext.LENGTHS}:
@@ -25,12 +25,12 @@ def per_sample(config, stage: Stage, batch: dict) -> float:
         passed |= {"mllm"} - trained
 
     def total(names):
-        return sum(forward[n] for n in names if n in forward)
+        return sum(forwards[n] for n in names if n in forwards)
 
-    return flops.training(total(trained), total(passed), total(forward.keys() - trained - passed))
+    return flops.training(total(trained), total(passed), total(forwards.keys() - trained - passed))
 
 
-def _forward(objective: str, parts: Mapping[str, Part], batch: dict) -> dict[str, float]:
+def forward(objective: str, parts: Mapping[str, Part], batch: dict) -> dict[str, float]:
     """Operations of each part's forward on one sample."""
     if objective == "answer":
         return {"mllm": _chat(parts["mllm"].config, batch["prompt"],

@@ -1,0 +1,103 @@
+"""What programs move, read from the text of their HLO."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unipic_jax.core import mesh as meshes
+from unipic_jax.plan import hlo
+
+LAYERS, ROWS, WIDTH = 5, 64, 128
+
+TEXT = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%taken (p0: f32[6,8,128], p1: s32[]) -> f32[8,128] {
+  %p0 = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1, %zero, %zero)
+  ROOT %flat = f32[8,128]{1,0:T(8,128)} bitcast(%one)
+}
+
+%until (c: (s32[], f32[6,8,128])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(6)
+  %c = (s32[]{:T(128)}, f32[6,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%body (s: (s32[], f32[6,8,128])) -> (s32[], f32[6,8,128]) {
+  %s = (s32[]{:T(128)}, f32[6,8,128]{2,1,0:T(8,128)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %stack = f32[6,8,128]{2,1,0:T(8,128)} get-tuple-element(%s), index=1
+  %layer = f32[8,128]{1,0:T(8,128)} fusion(%stack, %j), kind=kLoop, calls=%taken
+  %start = (f32[8,128]{1,0:T(8,128)}, f32[32,128]{1,0}) all-gather-start(%layer), \
+replica_groups=[2,4]<=[8]
+  %all = f32[32,128]{1,0:T(8,128)} all-gather-done(%start)
+  %near = f32[32,128]{1,0:T(8,128)S(1)} copy(%all)
+  ROOT %next = (s32[]{:T(128)}, f32[6,8,128]{2,1,0:T(8,128)}) tuple(%j, %stack)
+}
+
+ENTRY %main (x: f32[6,8,128]) -> f32[6,8,128] {
+  %x = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %start.0 = s32[]{:T(128)} constant(0)
+  %state = (s32[]{:T(128)}, f32[6,8,128]{2,1,0:T(8,128)}) tuple(%start.0, %x)
+  %kernel = f32[8]{0} custom-call(%x), custom_call_target="k", backend_config={"body":"a
+}}, text of a kernel"}
+  %loop = (s32[]{:T(128)}, f32[6,8,128]{2,1,0}) while(%state), condition=%until, body=%body
+  %sums = (bf16[100]{0}, f32[10]{0}) all-reduce(%kernel, %kernel), to_apply=%add, \
+replica_groups=mesh['data'=2,'fsdp'=4], device_ids=([8]) {'data','fsdp'}
+  ROOT %out = f32[6,8,128]{2,1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run():
+    """The bound is that of the loop's condition; a start and its end count once."""
+    gather, reduce = hlo.collectives(TEXT)
+    assert gather == ("all-gather", 4, 6, 6 * 32 * 128 * 4)
+    assert reduce == ("all-reduce", 8, 1, 100 * 2 + 10 * 4)
+
+
+def test_slices_and_near_memory_in_the_traffic():
+    layer, gathered, stack = 8 * 128 * 4, 32 * 128 * 4, 6 * 8 * 128 * 4
+    index = 4
+    each = layer + layer + index  # the slice that is read, what is written, and where it is
+    each += layer + layer + gathered  # the gather's operand, and its two results
+    each += gathered  # read by the copy, which writes to a memory that is near
+    reduced = 100 * 2 + 10 * 4 + 2 * 8 * 4
+    assert hlo.traffic(TEXT) == 6 * each + (stack + 8 * 4) + reduced
+
+
+@pytest.mark.parametrize(("groups", "size"), [
+    ("replica_groups={{0,1},{2,3}}", 2), ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+    ("replica_groups=mesh['a'=2,'b'=3] {'b'}", 3), ("channel_id=1", 1)])
+def test_sizes_of_groups(groups, size):
+    assert hlo.group_size(groups) == size
+
+
+def test_a_compiled_program():
+    """Layers gathered in a scan, on 8 devices of which 4 share the weights."""
+    mesh = meshes.make(data=2, fsdp=4)
+    w = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32,
+                             sharding=NamedSharding(mesh, P(None, "fsdp", None)))
+    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=meshes.batch_sharding(mesh, 2))
+
+    def f(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ meshes.gather(w)), None), x, w)[0]
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(f).lower(w, x).compile().as_text()
+    found = [m for m in hlo.collectives(text) if m.kind == "all-gather"]
+    assert [(m.group, m.count, m.size) for m in found] == [
+        (4, LAYERS, LAYERS * WIDTH * WIDTH * 4)]
+    least = LAYERS * (2 * WIDTH * WIDTH + 2 * ROWS // 8 * WIDTH) * 4  # whole weights, rows
+    assert least < hlo.traffic(text) < 4 * least
