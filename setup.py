@@ -41,10 +41,11 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "int8": ["qwix"],  # frozen weights as integers
         "tpu": ["libtpu"],  # also compiles for TPUs where there are none
         # The PyTorch code that the results are compared with; nothing else imports it.
-        "test": ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft>=0.21", "safetensors",
-                 "pytest", "pytest-xdist", "pyyaml", "ruff"],
+        "test": ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft>=0.21", "qwix",
+                 "safetensors", "pytest", "pytest-xdist", "pyyaml", "ruff"],
     },
     entry_points={"console_scripts": ["unipic=unipic_jax.cli:main"]},
 )

@@ -9,6 +9,7 @@ shapes come from the converter's tables; weights stream to disk, so no part has 
 
 import argparse
 import json
+import shutil
 import string
 import sys
 import zlib
@@ -23,6 +24,8 @@ from unipic_jax.core.errors import InputError
 from unipic_jax.model import Part, read_part
 from unipic_jax.models import t5_encoder
 
+NANO, JUDGE = (Path(__file__).parents[1] / "configs" / name for name in (
+    "nano/model", "edit_judge/judge"))
 PIECE = 2**22  # values that are drawn at a time
 BOS, EOS, MAX_LENGTH = "<|startoftext|>", "<|endoftext|>", 77
 ALPHABET = [c for c in string.printable if c == " " or not c.isspace()]
@@ -110,6 +113,33 @@ def configs(size: str, dtype: str) -> dict[str, dict]:
 # Of Kontext; "qwen2_5_vl", the language model of MetaQuery without its tokenizer, on request.
 PARTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3",
          "tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+CONDITIONER = {
+    "_class_name": "StableDiffusion3Conditioner", "joint_attention_dim": 4096,
+    "llm_hidden_size": 3584, "num_queries": 256, "pooled_projection_dim": 2048,
+    "connector_config": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 24,
+                         "num_hidden_layers": 24}}
+
+
+def without_weights(root: Path) -> Path:
+    """The configs of the whole release in a new folder, with the nano family's tokenizers; enough
+    for shapes and plans."""
+    shutil.copytree(NANO, root, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, raw in (configs("full", "bfloat16") | {"conditioner": CONDITIONER}).items():
+        folder = root / ("kontext" if (root / "kontext" / name).is_dir() else "metaquery") / name
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        if name == "qwen2_5_vl":  # the tokenizer's numbers
+            own = json.loads((folder / file).read_text())
+            raw |= {key: id for key, id in own.items() if key.endswith("_token_id")}
+        (folder / file).write_text(json.dumps(raw))
+    file = root / "metaquery/qwen2_5_vl/preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {
+        "patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}))
+    # A judge is Qwen2.5-VL with a head beside it.
+    shutil.copytree(root / "metaquery/qwen2_5_vl", root / "edit_judge")
+    shutil.copytree(JUDGE, root / "edit_judge/judge")
+    return root
 
 
 def write(target: Path, size: str = "tiny", parts=PARTS, dtype: str = "bfloat16", seed: int = 0,

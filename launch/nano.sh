@@ -13,10 +13,30 @@ train() { # STAGE [ARGUMENT ...]
     unipic train --config "configs/nano/$1.py" --workdir "$out/$1" "${@:2}"
 }
 
-train autoencoder "$@"
-train base "$@" --config.model="$out/autoencoder/model"
-train kontext "$@" --config.model="$out/base/model"
-train language "$@"
+# Pictures and language know nothing of each other yet, and small models run best on few cores: on
+# half of them the language model learns, in a log of its own, while the others draw.
+half=$(($(nproc) / 2))
+on() { # CORES COMMAND ...
+    if [ "$half" -gt 0 ] && command -v taskset >/dev/null; then taskset -c "$1" "${@:2}"; else "${@:2}"; fi
+}
+language() {
+    exec unipic train --config configs/nano/language.py --workdir "$out/language" "$@" \
+        >"$out/language.log" 2>&1
+}
+pictures() {
+    train autoencoder "$@"
+    train base "$@" --config.model="$out/autoencoder/model"
+    train kontext "$@" --config.model="$out/base/model"
+}
+export -f train language pictures
+export out
+on "0-$((half - 1))" bash -euc 'language "$@"' language "$@" &
+trap 'kill $! 2>/dev/null || true' EXIT
+printf '\n== language, in %s/language.log\n' "$out"
+on "$half-$(($(nproc) - 1))" bash -euc 'pictures "$@"' pictures "$@"
+wait $! || { tail -n 5 "$out/language.log" >&2; exit 1; }
+trap - EXIT
+
 train align "$@" --config.model="$out/base/model" --config.mllm="$out/language/model"
 train unified "$@" --config.model="$out/kontext/model" --config.mllm="$out/language/model" \
     --config.conditioner="$out/align/model/conditioner"

@@ -1,8 +1,6 @@
 """Stages at the released size, without weights: shapes on abstract meshes."""
 
-import json
 import math
-import shutil
 from pathlib import Path
 
 import jax
@@ -15,25 +13,7 @@ from unipic_jax.core import mesh as meshes
 from unipic_jax.train import config as configs
 from unipic_jax.train import stage
 
-CONDITIONER = {
-    "_class_name": "StableDiffusion3Conditioner", "joint_attention_dim": 4096,
-    "llm_hidden_size": 3584, "num_queries": 256, "pooled_projection_dim": 2048,
-    "connector_config": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 24,
-                         "num_hidden_layers": 24}}
-
-
-def make(root: Path) -> Path:
-    """The configs of the release, with the nano family's tokenizers and without weights."""
-    shutil.copytree(micro.NANO, root, ignore=shutil.ignore_patterns("*.safetensors"))
-    for name, raw in (random_release.configs("full", "bfloat16")
-                      | {"conditioner": CONDITIONER}).items():
-        folder = root / ("kontext" if (root / "kontext" / name).is_dir() else "metaquery") / name
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        (folder / file).write_text(json.dumps(raw))
-    file = root / "metaquery/qwen2_5_vl/preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {
-        "patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}))
-    return root
+make = random_release.without_weights
 
 
 def opened(name: str, root: Path):

@@ -120,6 +120,8 @@ def _config(args):
 
 def _join():
     """Meet the other processes of the run."""
+    import logging
+
     import jax
 
     numbers = {}
@@ -128,6 +130,8 @@ def _join():
             if value := os.environ.get(f"JAX_{name.upper()}"):
                 numbers[name] = int(value)
         jax.distributed.initialize(**numbers)
+        if jax.process_index():  # the first process speaks for all of them
+            logging.getLogger("unipic_jax").setLevel(logging.ERROR)
     except (ValueError, RuntimeError) as e:
         raise InputError(f"--distributed: {str(e).splitlines()[0]}") from None
 

@@ -11,6 +11,7 @@ from PIL import Image
 from short_runs import figures, flat, make_config
 
 from unipic_jax.convert import load
+from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
 from unipic_jax.model import read_part
 from unipic_jax.rl import loop, recipe
@@ -72,6 +73,18 @@ def test_both_tasks_in_turn(model, tmp_path):
     assert ["loss/generate" in line for line in lines] == [False, True, False]
     with Image.open(tmp_path / "run/reward.png") as picture:
         assert picture.size == (640, 320)
+
+
+def test_fewer_prompts_than_devices(model, tmp_path, monkeypatch):
+    """Two prompts on eight devices, each encoded by four, give what they give on two."""
+    config = make_config(model, "edit", **{"rl.group": 8, "steps": 2})
+    assert loop.reinforce(config, tmp_path / "many", progress=False)
+    monkeypatch.setattr(train_loop, "open_mesh",
+                        lambda _: meshes.make(devices=jax.devices()[:2]))
+    assert loop.reinforce(config, tmp_path / "few", progress=False)
+    for name in ("reward", "loss", "grad_norm", "group_std"):
+        np.testing.assert_allclose(figures(tmp_path / "many", name),
+                                   figures(tmp_path / "few", name), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -22,7 +22,7 @@ from unipic_jax.pipelines import describe, generate
 from unipic_jax.train import loop, stage
 
 STEPS = 24
-TIMES = {"seconds", "images_per_second", "tflops_per_second", "mfu"}
+TIMES = {"seconds", "images_per_second", "tflops_per_second", "mfu", "goodput"}
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -105,6 +105,19 @@ def test_sigterm_saves_and_stops(runs):
     assert "the same command goes on from there" in stopped
     again = int(went_on.split("goes on from step ")[1].split()[0])
     assert step <= again < STEPS
+
+
+def test_goodput_goes_on_where_it_was(runs):
+    """The broken run was launched once, and lost time since."""
+    whole, broken, *_ = runs
+    first, second = ([json.loads(line).get("goodput") for line in
+                      (r / "metrics.jsonl").read_text().splitlines()] for r in (whole, broken))
+    assert all(0 < share < 1 for share in (*first[1:], second[-1]))
+    kept = [ocp.checkpointables_metadata(broken / "checkpoints" / str(step)).custom_metadata
+            ["extra"]["goodput"] for step in (STEPS - 3, STEPS)]
+    assert kept[0]["launched"] == kept[1]["launched"]
+    assert kept[0]["in_steps"] < kept[1]["in_steps"]
+    assert second[-1] < first[-1]
 
 
 def test_what_is_done_is_not_done_again(runs, capsys):

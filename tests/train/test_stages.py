@@ -27,7 +27,7 @@ LIMIT = 16 * 2**30  # bytes of memory on a small device, half of which the state
     ("nano/kontext", {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}),
     ("nano/align", {"conditioner"}), ("nano/judge", {"mllm", "judge"}),
     ("edit_judge", {"mllm", "judge"}), ("pdtr_edit_512", {"transformer"}),
-    ("pdtr_t2i_512", {"transformer"}),
+    ("pdtr_t2i_512", {"transformer"}), ("pods", {"transformer"}),
     ("nano/unified", {"conditioner", "transformer"}),
     ("nano/demo", {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3"}),
     ("nano/demo_rl", {"transformer"}), ("nano/rl_edit", {"transformer"}),

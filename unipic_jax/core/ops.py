@@ -7,6 +7,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unipic_jax.core import mesh as meshes
+from unipic_jax.core import quantize
 
 
 def linear(p: dict, x: jax.Array) -> jax.Array:
@@ -19,7 +20,7 @@ def linear(p: dict, x: jax.Array) -> jax.Array:
 
 
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    kernel = meshes.gather(kernel.astype(x.dtype))
+    kernel = quantize.dense(kernel, x.dtype)
     xs, ks = meshes.spec_of(x), meshes.spec_of(kernel)
     out = P(*xs[:-1], ks[1]) if xs is not None and xs[-1] is not None else None
     return jnp.einsum("...d,df->...f", x, kernel, out_sharding=out)

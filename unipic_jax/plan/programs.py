@@ -70,21 +70,22 @@ def _reinforce(config, here, task, mesh, trained, frozen):
     if config.rl.task not in (task, "both"):
         raise InputError(f"--task {task}: this stage reinforces {config.rl.task}")
     recipe.check(config, here)
-    count = config.batch // config.rl.group
+    count = config.batch // config.rl.group * recipe.copies(config, mesh)
     example = _example(config, task)
     prompts = here.collate[task]([example])
     prompts["negative"] = prompts["prompt"]
     prompts.pop("target")
     judge = None
-    if recipe.JUDGE in config.rl.reward:
+    if recipe.JUDGE in config.rl.reward and not config.rl.server.url:
         judge = stage.open_judge(*[load.find(config.judge)] * 2)
         prompts["judge"] = loop.ask(config, judge["mllm"], [example])
         frozen["judge"] = {n: params.abstract(p.specs, jnp.dtype(config.dtype), mesh)
                            for n, p in judge.items()}
-    if set(config.rl.reward) - {recipe.JUDGE}:
+    if not config.rl.server.url and set(config.rl.reward) - {recipe.JUDGE}:
         goal = blocks.sample(task, 0, 0).goal
         prompts["goal"] = jax.tree.map(lambda a: np.asarray(a)[None], goal)
     prompts = _spread(prompts, count, mesh)
+    each = rl_cost.per_sample(config, here, prompts, judge)
     how = recipe.learning(config)
     if not config.lora.rank and config.rl[config.rl.objective].kl:
         frozen["reference"] = params.abstract(
@@ -92,10 +93,29 @@ def _reinforce(config, here, task, mesh, trained, frozen):
     timing = optimizer.Config(**config.optimizer)
     update = optimizer.make(timing, config.steps * how.rounds)
     parts = recipe.functions(config, here, update, optimizer.schedule(timing, config.steps))
+    step = recipe.make_step(config, parts, judge)
+    if config.rl.server.url:
+        scores = jax.ShapeDtypeStruct((config.batch,), jnp.float32,
+                                      sharding=meshes.batch_sharding(mesh, 1))
+        step, prompts = _served(parts), (prompts, scores)
     begin = functools.partial(learn.new, how, optimizer=update)
-    return Program(recipe.make_step(config, parts, judge),
-                   (jax.eval_shape(begin, trained), frozen, prompts, _key()), (0,), config.batch,
-                   rl_cost.per_sample(config, here, prompts, judge), 0, 0)
+    return Program(step, (jax.eval_shape(begin, trained), frozen, prompts, _key()), (0,),
+                   config.batch, each, 0, 0)
+
+
+def _served(parts):
+    """A step whose reward comes from a server: both of its programs as one, with the pictures
+    that the server gets, and with its scores in hand before it has them."""
+    def step(state, frozen, given, key):
+        prompts, scores = given
+        batch = parts.prepare(frozen, prompts)
+        trajectory = parts.rollout(state, frozen, batch, key)
+        pictures = parts.decode(frozen, trajectory.latents)
+        state, report = parts.update(state, frozen, batch, trajectory, scores,
+                                     jnp.isfinite(scores), key)
+        return state, report, pictures
+
+    return step
 
 
 def _sample(config, here, task, mesh, trained, frozen):

@@ -98,4 +98,5 @@ def _prompts(config, here, mesh, ask) -> Prompts:
     side, tasks = recipe.picture_side(config), recipe.TASKS[config.rl.task]
     sources = {task: File(Path(config.rl.prompts), task, side) if config.rl.prompts
                else Blocks(task) for task in tasks}
-    return Prompts(sources, here.collate, config.batch // config.rl.group, mesh, ask)
+    return Prompts(sources, here.collate, config.batch // config.rl.group, mesh, ask,
+                   recipe.copies(config, mesh))

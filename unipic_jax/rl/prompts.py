@@ -100,6 +100,7 @@ class Prompts:
     count: int  # a rollout
     mesh: jax.sharding.Mesh
     ask: Callable[[list[Example]], dict] | None = None  # what a judge is asked, as arrays
+    copies: int = 1  # rows of each, one after the other
 
     def task(self, number: int) -> str:
         """That of a rollout."""
@@ -123,5 +124,6 @@ class Prompts:
                 whole["judge"] = self.ask(examples)
             if drawn[0].goal is not None:
                 whole["goal"] = jax.tree.map(lambda *a: np.stack(a), *(p.goal for p in drawn))
-            yield task, feed.local_rows(self.mesh, whole, self.count)
+            whole = jax.tree.map(lambda a: np.repeat(a, self.copies, 0), whole)
+            yield task, feed.local_rows(self.mesh, whole, self.count * self.copies)
             start += 1

@@ -72,8 +72,8 @@ class Functions(NamedTuple):
     """What a step is made of; the last two are those of `rl.step`."""
 
     prepare: Callable[[Tree, Batch], Batch]
-    """(what is frozen, prompts) -> the batch of all samples: conditions once a prompt, and a group
-    of samples of each"""
+    """(what is frozen, prompts) -> the batch of all samples: conditions once a row of the prompts,
+    and as many samples of each as make the batch"""
     decode: Callable[[Tree, jax.Array], jax.Array]
     """(what is frozen, latents [B, ...]) -> pictures float32 [B, H, W, 3] in [0, 1]"""
     rollout: steps.Rollout
@@ -124,7 +124,8 @@ def functions(
         found |= {name: prompts[name] for name in ("goal", "judge") if name in prompts}
         if "judge" in prompts:
             found["source"] = prompts["source"]
-        batch = jax.tree.map(lambda a: _groups(a, G), found)
+        rows = len(jax.tree.leaves(found)[0])  # more than groups, where there are copies
+        batch = jax.tree.map(lambda a: _groups(a, config.batch // rows), found)
         first = jax.tree.leaves(batch)[0]
         ids, rows = jnp.arange(len(first)), _rows(first)
         batch["id"] = ids if rows is None else jax.reshard(ids, rows)
@@ -173,6 +174,13 @@ def make_step(
 def scalars(report: steps.Metrics) -> steps.Metrics:
     """The metrics of a rollout's updates as their means."""
     return {name: jnp.mean(a) if a.ndim else a for name, a in report.items()}
+
+
+def copies(config, mesh: jax.sharding.Mesh) -> int:
+    """How many times a prompt stands in the rows that are encoded: once, or as often as gives each
+    device one where there are more devices than prompts."""
+    count, parts = config.batch // config.rl.group, mesh.shape["data"] * mesh.shape["fsdp"]
+    return max(1, parts // count) if parts % count == 0 else 1
 
 
 def picture_side(config) -> int:

@@ -23,6 +23,7 @@ def defaults() -> ConfigDict:
         "conditioner": "",  # its folder, where it is not in the model's
         "trained": (),  # parts by their folders' names; the others are frozen, in `dtype`
         "fresh": (),  # of these the ones that begin from nothing
+        "int8": (),  # of those that are frozen, parts whose weights are kept as integers
         "lora": {"rank": 0, "alpha": 64.0, "targets": ()},  # rank 0: the weights themselves train
         # MetaQuery: who sees the picture of an edit (table 2 of the report).
         "source_to": ("mllm", "transformer"),

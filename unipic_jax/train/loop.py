@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from unipic_jax.data.records import TASKS, BadRecord, Example
 from unipic_jax.train import cache, cost, evaluate, metrics, optimizer, output, stage, state, step
 from unipic_jax.train import config as configs
 from unipic_jax.train.checkpoint import Checkpoints, stopping
+from unipic_jax.train.goodput import Goodput
 
 SCALE_BATCHES = 16  # to measure the scale of an autoencoder's latents on
 
@@ -120,24 +120,25 @@ def run(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
-        first, extra = 0, {"seconds": 0.0}
+        first, goodput = 0, Goodput()
         if restored := checkpoints.restore(_abstract(now)):
             first, now, extra = restored
             log.info("goes on from step %d", first)
+            goodput = Goodput(**extra.get("goodput", {}))
             _compare(extra["config"], config.to_json_best_effort())
             for name, now_is in versions().items():
                 if (was := extra.get("versions", {}).get(name)) not in (None, now_is):
                     log.warning("%s is now of version %s and was of %s", name, now_is, was)
         if jax.process_index() == 0:
             configs.write(config, workdir / "config.json")
-        began = time.monotonic() - extra["seconds"]
         key = jax.random.key(config.seed)
         coming = feed.prefetch(mesh, batches(config.seed, start=first))
         draw = evaluate.drawer(config, here, mesh) if config.objective == "velocity" else None
         costs = {}
         with (stopping() as stop_at,
               metrics.Writer(workdir, first, config.steps, config.batch, every=config.log_every,
-                             flops=costs, progress=progress, watch=watch) as writer):
+                             flops=costs, progress=progress, watch=watch,
+                             goodput=goodput) as writer):
 
             def report(step, now):
                 with writer.paused():
@@ -150,13 +151,15 @@ def run(
                 task, batch = next(coming)
                 if cost_of and task not in costs:  # buckets differ little
                     costs[task] = cost_of(batch)
-                now, figures = advance(now, frozen, batch, key)
-                last = writer.write(k + 1, figures, task)
+                # The first step compiles. Each waits for the one before to end.
+                with goodput.step() if k > first else contextlib.nullcontext():
+                    now, figures = advance(now, frozen, batch, key)
+                    last = writer.write(k + 1, figures, task)
                 if last and last["skipped_in_row"] >= config.max_skipped:
                     raise InputError(f"{config.max_skipped} steps in a row before step {k} "
                                      f"{useless}")
                 done, stop = k + 1 == config.steps, stop_at(k + 1)
-                checkpoints.save(k + 1, now, {"seconds": time.monotonic() - began,
+                checkpoints.save(k + 1, now, {"goodput": goodput.kept,
                                               "config": config.to_json_best_effort(),
                                               "versions": versions()},
                                  force=done or stop)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from unipic_jax.core import files, images
 from unipic_jax.core.errors import InputError
 from unipic_jax.train import flops as counts
+from unipic_jax.train.goodput import Goodput
 
 PLAIN_EVERY = 10.0  # seconds between lines where no display can be drawn
 
@@ -28,15 +29,16 @@ class Writer:
     `first` steps are done already, of `total`; what was written of later ones is dropped. A line
     every `every` steps holds the means since the line before: of figures, floats; integers are
     counts and stay as they are. `flops` are the operations of a step by task, for the share of the
-    devices' peak. `watch` is called with each line. Raises
+    devices' peak. `watch` is called with each line, and `goodput` asked for each. Raises
     InputError where the folder cannot be written.
     """
 
     def __init__(self, folder: Path, first: int, total: int, batch: int, *, every: int,
                  flops: Mapping[str, float] = {}, progress: bool = True,
-                 watch: Callable[[dict], None] | None = None):
+                 watch: Callable[[dict], None] | None = None,
+                 goodput: Goodput | None = None):
         self.folder, self.total, self.batch, self.every = Path(folder), total, batch, every
-        self.flops, self._watch = flops, watch
+        self.flops, self._watch, self._goodput = flops, watch, goodput
         self._writes = jax.process_index() == 0
         self._pending = None  # (step, what it reports, task), not read yet
         self._since: list[Values] = []  # the steps since the last line
@@ -136,6 +138,8 @@ class Writer:
         if not self._tasks:
             return {}
         speed = {"images_per_second": len(self._tasks) * self.batch / taken}
+        if self._goodput:
+            speed["goodput"] = self._goodput.share
         if all(task in self.flops for task in self._tasks):
             done = sum(self.flops[task] for task in self._tasks) / taken
             speed["tflops_per_second"] = done / 1e12

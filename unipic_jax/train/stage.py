@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from unipic_jax.conditioning import kontext, qwen_chat
 from unipic_jax.convert import load
-from unipic_jax.core import lora, params
+from unipic_jax.core import lora, params, quantize
 from unipic_jax.core.errors import InputError
 from unipic_jax.core.params import Tree
 from unipic_jax.model import Part, read_part
@@ -49,6 +49,9 @@ def open_stage(config) -> Stage:
                              f"{', '.join(parts)}")
     if odd := set(config.fresh) - set(config.trained):
         raise InputError(f"{sorted(odd)[0]!r} is to be initialized anew but does not train")
+    if odd := [n for n in config.int8 if n not in parts or n in config.trained]:
+        raise InputError(f"{odd[0]!r} is to be kept as integers and is not a frozen part; frozen "
+                         f"are {', '.join(n for n in parts if n not in config.trained)}")
     if config.lora.rank:
         combine = functools.partial(_with_adapters, scale=config.lora.alpha / config.lora.rank)
     else:
@@ -130,6 +133,8 @@ def parameters(config, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[Tree, Tre
             continue
         if name not in stage.trained or config.lora.rank:
             frozen[name] = load.read(part, dtype, mesh)
+        if name in config.int8:
+            frozen[name] = jax.jit(quantize.quantize, donate_argnums=0)(frozen[name])
         if name not in stage.trained:
             continue
         if config.lora.rank:
@@ -151,7 +156,8 @@ def abstract(config, stage: Stage, mesh) -> tuple[Tree, Tree]:
         if not part.has_weights:
             continue
         if name not in stage.trained or config.lora.rank:
-            frozen[name] = params.abstract(part.specs, dtype, mesh)
+            as_kept = quantize if name in config.int8 else params
+            frozen[name] = as_kept.abstract(part.specs, dtype, mesh)
         if name in stage.trained and config.lora.rank:
             trained[name] = params.abstract(adapter_specs(config, part), jnp.float32, mesh)
         elif name in stage.trained:
