@@ -91,11 +91,13 @@ def point(config, root: Path):
     return config
 
 
-def start(workdir: Path, *arguments: str, devices: int = 1, **environment: str):
-    """`unipic train` in a process of its own with so many virtual devices."""
+def start(
+    workdir: Path, *arguments: str, devices: int = 1, command: str = "train", **environment: str
+):
+    """`unipic train`, or another command, in a process of its own with so many virtual devices."""
     flags = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
     return subprocess.Popen(
-        [sys.executable, "-m", "unipic_jax", "train", "--workdir", str(workdir), *arguments],
+        [sys.executable, "-m", "unipic_jax", command, "--workdir", str(workdir), *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
         | environment)

@@ -192,7 +192,7 @@ def qwen_config(special: dict[str, int]) -> dict:
         "initializer_range": 0.02, "intermediate_size": 256, "max_position_embeddings": 4096,
         "max_window_layers": 6, "model_type": "qwen2_5_vl", "num_attention_heads": 4,
         "num_hidden_layers": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-        "rope_scaling": {"mrope_section": [2, 4, 10], "type": "mrope"}, "rope_theta": 200.0,
+        "rope_scaling": {"mrope_section": [1, 2, 13], "type": "mrope"}, "rope_theta": 200.0,
         "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "use_cache": True, "use_sliding_window": False,
         "video_token_id": special["<|video_pad|>"],

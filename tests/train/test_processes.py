@@ -1,38 +1,24 @@
-"""Two processes of four devices each train like one of eight."""
+"""Several processes, eight devices in all, train like one of eight."""
 
 import json
-import socket
+import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
+import processes
 import pytest
 
 from unipic_jax.convert import load
 from unipic_jax.model import read_part
 from unipic_jax.pipelines import generate
 
-# One task, so that there is one program; and no kept programs, which one process would find and
-# the other not, and then wait for it too long.
+# One task, so that there is one program.
 OPTIONS = ("--config.data.sources.edit.weight=1e-9", "--config.mesh.data=2",
-           "--config.mesh.fsdp=4", "--config.optimizer.learning_rate=1e-3")
-FRESH = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-
-
-def two(workdir, *arguments):
-    """What the processes of a run have said, the first one first."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    both = [micro.start(workdir, "--distributed", *arguments, devices=4,
-                        JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2",
-                        JAX_PROCESS_ID=str(i), **FRESH) for i in (0, 1)]
-    try:
-        return [micro.finish(p) for p in both]
-    finally:
-        for p in both:
-            p.kill()
+           "--config.mesh.fsdp=4", "--config.optimizer.learning_rate=1e-3",
+           "--config.checkpoint.every=2")
 
 
 def losses(workdir):
@@ -42,17 +28,19 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, micro_model):
-    """A run of two processes to step 4, and one of one process; and what the two have said."""
+    """A run of two processes to step 4, one of four and one of one; and what the two have said."""
     root = tmp_path_factory.mktemp("processes")
     arguments = [*micro.arguments("kontext", micro_model, steps=4), *OPTIONS]
-    said = two(root / "two", *arguments)
+    said = processes.finish(processes.start(2, root / "two", *arguments))
+    processes.finish(processes.start(4, root / "four", *arguments))
     micro.finish(micro.start(root / "one", *arguments, devices=8))
     return root, arguments, said
 
 
-def test_losses_are_the_same(runs):
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_losses_are_the_same(runs, name):
     root, *_ = runs
-    one, other = losses(root / "one"), losses(root / "two")
+    one, other = losses(root / "one"), losses(root / name)
     assert len(one) == 4
     np.testing.assert_allclose(other, one, rtol=1e-5)
 
@@ -79,4 +67,47 @@ def test_one_process_goes_on_with_what_two_have_saved(runs, tmp_path):
     assert "goes on from step 4" in said
     parts = [read_part(f / "transformer") for f in (tmp_path / "model", root / "two/model")]
     for a, b in zip(*(jax.tree.leaves(load.read(p)) for p in parts), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_what_four_have_saved_goes_on_anywhere(runs, tmp_path):
+    """Four steps of four processes, and two more of one and of two."""
+    root, arguments, _ = runs
+    more = [*arguments, "--config.steps=6"]
+    found = []
+    for count in (1, 2):
+        workdir = shutil.copytree(root / "four", tmp_path / str(count))
+        shutil.rmtree(workdir / "model")
+        if count == 1:
+            said = [micro.finish(micro.start(workdir, *more, devices=8))]
+        else:
+            said = processes.finish(processes.start(count, workdir, *more))
+        assert "goes on from step 4" in said[0]
+        found.append(losses(workdir))
+    assert len(found[0]) == 6
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+def test_one_of_two_is_killed(micro_model, tmp_path):
+    """The other stops when it misses its heartbeat, and the same command ends with the same bits
+    as a run that nothing has broken."""
+    arguments = [*micro.arguments("kontext", micro_model, steps=8), *OPTIONS]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    both = processes.start(2, broken, *arguments)
+    while not (broken / "metrics.jsonl").exists() or len(losses(broken)) < 3:
+        assert all(p.poll() is None for p in both)
+        time.sleep(0.01)
+    both[1].kill()
+    said, _ = both[0].communicate(timeout=200)
+    assert both[0].returncode not in (0, None)
+    assert "another task died" in said
+    assert not (broken / "model").exists()
+
+    said, _ = processes.finish(processes.start(2, broken, *arguments))
+    assert "goes on from step" in said
+    processes.finish(processes.start(2, whole, *arguments))
+    assert losses(broken) == losses(whole)
+    one, other = (jax.tree.leaves(load.read(read_part(w / "model/transformer")))
+                  for w in (broken, whole))
+    for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
