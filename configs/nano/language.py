@@ -12,5 +12,5 @@ def get_config():
     config.mllm = "configs/nano/model/metaquery/qwen2_5_vl"
     config.trained = config.fresh = ("mllm",)
     config.data.text_tokens = 96  # four or five questions and their answers
-    config.batch, config.steps = 16, 8000
+    config.batch, config.steps = 16, 14000
     return config
