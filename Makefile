@@ -32,7 +32,8 @@ lint: .venv/test
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	# The TPU's compiler, where no other program finds it and looks for a TPU.
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/tpu libtpu
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/tpu "$$($(BIN)/python -c \
+	"from importlib.metadata import requires as r; print(*[d.split(';')[0] for d in r('jax') if 'libtpu' in d])")"
 	touch $@
 
 clean:

@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "int8": ["qwix"],  # frozen weights as integers
-        "tpu": ["libtpu"],  # also compiles for TPUs where there are none
+        "tpu": ["jax[tpu]"],  # also compiles for TPUs where there are none
         # The PyTorch code that the results are compared with; nothing else imports it.
         "test": ["torch==2.13.0", "diffusers>=0.42", "accelerate", "peft>=0.21", "qwix",
                  "safetensors", "pytest", "pytest-xdist", "pyyaml", "ruff"],

@@ -396,11 +396,11 @@ def test_pairs_of_coloured_shapes_are_held_out():
     assert len(trained) > 200
 
 
-def test_two_in_three_training_captions_say_all():
+def test_one_in_two_training_captions_says_all():
     samples = [blocks.generation(6, i) for i in range(1200)]
     few = [s for s in samples if s.kind != "counting"]
     full = [s for s in few if re.search(f" in the ({PLACE})", s.example.text)]
-    assert 0.6 * len(few) < len(full) < 0.72 * len(few)
+    assert 0.43 * len(few) < len(full) < 0.57 * len(few)
     assert 0.7 < np.mean([s.goal.count.sum() == 2 for s in full]) < 0.85
     read, _ = detect(jnp.asarray(np.stack([s.example.target for s in full]) / 255, jnp.float32))
     for i, s in enumerate(full):

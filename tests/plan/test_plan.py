@@ -107,8 +107,8 @@ def test_reinforcement_on_a_tpu(tpu, blocks_model):
     config = nano("edit")
     config.model, config.batch, config.rl.group, config.micro_batches = str(blocks_model), 8, 4, 1
     config.rl.sampling.update({"steps": 3, "window": 1})
-    config.mesh.update({"data": 1, "fsdp": 1})
-    check(plans.plan(config, "v6e:1x1", kind="reinforce", task="edit"), 1)
+    config.mesh.update({"data": 1, "fsdp": -1})
+    check(plans.plan(config, "v6e:2x2", kind="reinforce", task="edit"), 4)
 
 
 def test_what_does_not_fit_is_an_answer(tpu, config, monkeypatch):

@@ -169,7 +169,8 @@ def _suggestion(config, kind, mesh):
 
 
 def _needed(message):
-    found = re.search(r"Used ([\d.]+)G of ([\d.]+)G", message)
-    if not found:
-        return {}
-    return {"peak": float(found[1]) * 2**30, "capacity": float(found[2]) * 2**30}
+    """What a program that does not fit would take, and what there is, as the compiler says it."""
+    found = (re.search(r"Used ([\d.]+)G of ([\d.]+)G", message)
+             or re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message))
+    return {} if not found else {
+        "peak": float(found[1]) * 2**30, "capacity": float(found[2]) * 2**30}

@@ -130,6 +130,7 @@ def _sample(config, here, task, mesh, trained, frozen):
         return draw(here.combine(trained, frozen), batch, negative, keys)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.batch))
+    keys = keys.update(sharding=meshes.batch_sharding(mesh, 1))
     forward = cost.forward(config.objective, here.parts, batch)
     vae, side = here.parts["vae"].config, batch["target"].shape[1]
     edits = 1 if "source" in batch else 0

@@ -145,4 +145,5 @@ def _parts(p):
             return parts
         return [jax.reshard(a, P(*[None] * (w.ndim - 1), spec[-1])) for a in parts]
 
-    return [dict(zip(p, parts)) for parts in zip(*map(cut, p.values()))]
+    leaves, form = jax.tree.flatten(p)
+    return [form.unflatten(parts) for parts in zip(*map(cut, leaves))]
