@@ -32,8 +32,8 @@ def per_sample(
     rolled = drawing.steps * each + drawing.size * how.passes * learned
     if how.rounds > 1 and not isinstance(how.objective, Nft):
         rolled += drawing.size * each  # the old policy, once for all updates
-    encode = forward.pop("vae") / 2 if edit else 0.0 * forward.pop("vae")
-    shared = encode + guided * sum(forward.values())
+    encode = forward.pop("vae")  # of target and source, where only the source of an edit is needed
+    shared = edit * encode / 2 + guided * sum(forward.values())
     total = rolled + flops.decode(stage.parts["vae"].config, side, side)
     if judge:
         total += sum(cost.forward("judgement", judge, batch).values())
