@@ -102,7 +102,8 @@ a TPU. The table is written by
 with the configs of `configs/pods.py`, the shapes of the release and square pictures. A step takes
 at least as long as the slowest of three things: the products of its matrices, at the chip's peak
 but for what a matrix unit wastes on heads of 64; what is read from and written to memory; and what
-crosses the interconnect, over all links of a chip at once. Memory is the peak of a device, in GiB; times are in milliseconds; MFU
+crosses the interconnect, over all links of a chip at once. Memory is the peak of a device, in GiB;
+times are in milliseconds; MFU
 counts no operation twice, and "again" is how many more are done, by rematerialization and by
 padding.
 
