@@ -77,6 +77,12 @@ def test_what_is_computed_again(config):
     assert 0.4 < (again[2] - again[0]) * found["flops_per_sample"] / forward < 1
 
 
+def test_operations_of_reinforcement():
+    """What its cost counts from the config is what its jaxpr has, where nothing is done again."""
+    found = plans.plan(nano("edit"), "gpu:1", kind="reinforce", task="edit")
+    assert found["recomputed"] == pytest.approx(0, abs=0.02)
+
+
 @pytest.fixture
 def tpu(monkeypatch):
     pytest.importorskip("libtpu")
