@@ -30,22 +30,22 @@ def rows(nano: Path, steps: int, seeds: int) -> tables.Tables:
     def names(field, *values):  # one name makes a tuple of one only with its comma
         return f"--config.{field}=({','.join(map(repr, values))},)"
 
-    def one(*arguments):
-        return [Step("run", "train", arguments)], seeds
-
     from_base = (*queries, f"--config.model={base}")
     unified = (*queries, f"--config.model={kontext}")
-    return {
+    found = {
         "table2": {  # all of them from the model that does not edit yet
-            "Kontext, transformer": one(f"--config={STAGES}/kontext.py", *always,
-                                        f"--config.model={base}", names("trained", "transformer")),
-            "MetaQuery, language model": one(*from_base, names("source_to", "mllm")),
-            "MetaQuery, transformer": one(*from_base, names("source_to", "transformer")),
-            "MetaQuery, both": one(*from_base, names("source_to", "mllm", "transformer"))},
+            "Kontext, transformer": (f"--config={STAGES}/kontext.py", *always,
+                                     f"--config.model={base}", names("trained", "transformer")),
+            "MetaQuery, language model": (*from_base, names("source_to", "mllm")),
+            "MetaQuery, transformer": (*from_base, names("source_to", "transformer")),
+            "MetaQuery, both": (*from_base, names("source_to", "mllm", "transformer"))},
         "table3": {
-            "connector frozen, transformer tuned": one(*unified, names("trained", "transformer")),
-            "connector tuned, transformer frozen": one(*unified, names("trained", "conditioner")),
-            "both tuned": one(*unified, names("trained", "conditioner", "transformer"))}}
+            "connector frozen, transformer tuned": (*unified, names("trained", "transformer")),
+            "connector tuned, transformer frozen": (*unified, names("trained", "conditioner")),
+            "both tuned": (*unified, names("trained", "conditioner", "transformer"))}}
+    return {table: {row: (Step(f"{table}/{row.replace(', ', '-').replace(' ', '_')}", "train",
+                               arguments), seeds) for row, arguments in named.items()}
+            for table, named in found.items()}
 
 
 def main() -> None:

@@ -20,26 +20,28 @@ BLOCKS = 64  # held-out scenes of each kind
 def rows(judge: str, steps: int, seeds: int) -> tables.Tables:
     """What each row runs; the last ones with one seed only."""
 
-    def stage(task, count=steps, *more, name=None):
-        return Step(name or task, "reinforce", (
+    def stage(name, task, *more, before=None, count=steps):
+        return Step(name, "reinforce", (
             "--config=configs/nano/rl_edit.py", f"--config.rl.task={task}",
             "--config.model={before}", f"--config.steps={count}",
             "--config.samples.every=1000000", "--config.samples.at_start=False",
-            f"--config.samples.blocks={BLOCKS}", *more))
+            f"--config.samples.blocks={BLOCKS}", *more), before)
 
-    edit, generate = stage("edit"), stage("generate")
+    none = stage("none", "edit", "--config.optimizer.learning_rate=0.0", count=1)
+    edit, generate = stage("edit", "edit"), stage("generate", "generate")
     found = {
-        "none": ([stage("edit", 1, "--config.optimizer.learning_rate=0.0", name="none")], 1),
-        "edit": ([edit], seeds),
-        "text to image": ([generate], seeds),
-        "edit, then text to image": ([edit, generate], seeds),
-        "text to image, then edit": ([generate, edit], 1),
-        "both in turn": ([stage("both", 2 * steps)], 1)}
+        "none": (none, 1),
+        "edit": (edit, seeds),
+        "text to image": (generate, seeds),
+        "edit, then text to image": (stage("edit-generate", "generate", before=edit), seeds),
+        "text to image, then edit": (stage("generate-edit", "edit", before=generate), 1),
+        "both in turn": (stage("both", "both", count=2 * steps), 1)}
     if judge:
-        judged = stage("edit", steps, "--config.rl.reward={'judge': 1.0}",
-                       f"--config.judge={judge}", name="judged")
-        found |= {"edit by the judge": ([judged], 1),
-                  "edit by the judge, then text to image": ([judged, generate], 1)}
+        judged = stage("judged", "edit", "--config.rl.reward={'judge': 1.0}",
+                       f"--config.judge={judge}")
+        found |= {"edit by the judge": (judged, 1),
+                  "edit by the judge, then text to image": (
+                      stage("judged-generate", "generate", before=judged), 1)}
     return {"table4": found}
 
 

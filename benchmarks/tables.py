@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
@@ -18,39 +18,42 @@ FIGURES = {"generate/exact": "generation", "edit/exact": "edit", "edit/preserved
 
 
 class Step(NamedTuple):
-    """A run of `unipic train` or `reinforce` in a folder of its own."""
+    """A run of `unipic train` or `reinforce` in a folder of its own, from the model of another."""
 
-    name: str
+    name: str  # of its folder
     command: str
     arguments: tuple[str, ...]
+    before: "Step | None" = None  # "{before}" in an argument is the folder of this one's model
 
 
-Row = Sequence[Step]
-"""Steps one after the other; "{before}" in an argument is the folder of the model before it."""
-Tables = Mapping[str, Mapping[str, tuple[Row, int]]]
-"""By table and row: its steps, and how many seeds it has."""
+Tables = Mapping[str, Mapping[str, tuple[Step, int]]]
+"""By table and row: its last step, and how many seeds it has. Rows may share their first steps."""
 
 
-def place(folder: Path, table: str, row: str, seed: int) -> Path:
-    return folder / table / row.replace(", ", "-").replace(" ", "_") / f"seed{seed}"
+def place(folder: Path, step: Step, seed: int) -> Path:
+    return folder / step.name / f"seed{seed}"
 
 
-def make(folder: Path, steps: Row, start: str, seed: int, cores: Queue) -> None:
-    """A row with a seed, on cores that no other run has; CalledProcessError where a command fails,
-    with what it said in a log beside its folder."""
-    mine, before = cores.get(), start
+def make(folder: Path, step: Step, start: str, seed: int, cores: Queue,
+         earlier: Future | None) -> None:
+    """A step with a seed, once the one before it is done, on cores that no other run has.
+
+    Raises CalledProcessError where a command fails; what it said is in a log beside its folder.
+    """
+    if earlier:
+        earlier.result()
+        start = str(place(folder, step.before, seed) / "model")
+    workdir = place(folder, step, seed)
+    if (workdir / "model").exists():
+        return
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "unipic_jax", step.command, "--workdir", str(workdir),
+               f"--config.seed={seed}", *(a.replace("{before}", start) for a in step.arguments)]
+    mine = cores.get()
     try:
-        for step in steps:
-            workdir = folder / step.name
-            if not (workdir / "model").exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "unipic_jax", step.command,
-                           "--workdir", str(workdir), f"--config.seed={seed}",
-                           *(a.replace("{before}", before) for a in step.arguments)]
-                with workdir.with_suffix(".log").open("a") as log:
-                    subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT,
-                                   preexec_fn=lambda: os.sched_setaffinity(0, mine))
-            before = str(workdir / "model")
+        with workdir.with_suffix(".log").open("a") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT,
+                           preexec_fn=lambda: os.sched_setaffinity(0, mine))
     finally:
         cores.put(mine)
 
@@ -104,9 +107,9 @@ def collect(folder: Path, tables: Tables, plot_name: str) -> dict:
     """What is done so far, by table and row, written as figures, tables and a plot."""
     results = {}
     for name, rows in tables.items():
-        found = {row: [scores(path) for seed in range(seeds) if (
-            path := place(folder, name, row, seed) / steps[-1].name) and (path / "model").exists()]
-            for row, (steps, seeds) in rows.items()}
+        found = {row: [scores(path) for seed in range(seeds)
+                       if ((path := place(folder, step, seed)) / "model").exists()]
+                 for row, (step, seeds) in rows.items()}
         results[name] = {row: values for row, values in found.items() if values}
     results = {name: rows for name, rows in results.items() if rows}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -123,16 +126,23 @@ def collect(folder: Path, tables: Tables, plot_name: str) -> dict:
 def run(folder: Path, tables: Tables, start: str, jobs: int, plot_name: str) -> None:
     """Make all runs that are not done, the first seeds of all rows first, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = sorted(((seed, name, row, steps) for name, rows in tables.items()
-                     for row, (steps, seeds) in rows.items() for seed in range(seeds)),
+    wanted = sorted(((seed, step) for rows in tables.values()
+                     for step, seeds in rows.values() for seed in range(seeds)),
                     key=lambda one: one[0])
     cores, free = Queue(), sorted(os.sched_getaffinity(0))
     for i in range(jobs):
         cores.put(set(free[i::jobs]) or set(free))
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), unit="run") as bar:
-        waiting = [pool.submit(make, place(folder, name, row, seed), steps, start, seed, cores)
-                   for seed, name, row, steps in wanted]
-        for done in waiting:
+    runs = {}
+
+    def submit(step, seed):
+        if (step.name, seed) not in runs:
+            earlier = step.before and submit(step.before, seed)
+            runs[step.name, seed] = pool.submit(make, folder, step, start, seed, cores, earlier)
+        return runs[step.name, seed]
+
+    # As many threads as rows: most of them wait for cores.
+    with ThreadPoolExecutor(len(wanted)) as pool, tqdm(total=len(wanted), unit="run") as bar:
+        for done in [submit(step, seed) for seed, step in wanted]:
             done.result()
             bar.update()
             collect(folder, tables, plot_name)
