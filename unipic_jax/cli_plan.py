@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from unipic_jax.core.errors import InputError
@@ -46,7 +47,8 @@ def plan(args):
     if program == "reinforce" and "rl" not in config:
         raise InputError(f"{args.config} does not reinforce; give --program train or sample")
     task = getattr(args, "task", None) or _task(config)
-    print(f"compiling for {args.topology}; this takes minutes", flush=True)
+    logging.basicConfig(format="unipic: %(message)s", level=logging.WARNING)
+    logging.getLogger("unipic_jax").setLevel(logging.INFO)
     report = plans.plan(config, args.topology, kind=program, task=task, slices=args.num_slices)
     for line in table(report):
         print(line)
@@ -78,8 +80,9 @@ def table(report: dict) -> list[str]:
         each = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in report["memory"].items())
         of = f" of {report['capacity'] / 2**30:.0f}" if "capacity" in report else ""
         rows.append(("memory", f"{report['peak'] / 2**30:.2f}{of} GiB a device ({each})"))
-        rows += [("moved", f"{m['kind']} over {m['group']}: {m['count']:.0f} times, "
-                           f"{m['size'] / 1e9:.3g} GB a device") for m in report["collectives"]]
+        rows += [("moved", f"{m['kind']} over {m['group']}{' slices' * m['network']}: "
+                           f"{m['count']:.0f} times, {m['size'] / 1e9:.3g} GB a device")
+                 for m in report["collectives"]]
     if "times" in report:
         each = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in report["times"].items() if t)
         rows += [("step", f"{1e3 * report['seconds']:.1f} ms at best, bound by {report['bound']} "

@@ -63,8 +63,8 @@ replica_groups=mesh['data'=2,'fsdp'=4], device_ids=([8]) {'data','fsdp'}
 def test_loops_count_as_often_as_they_run():
     """The bound is that of the loop's condition; a start and its end count once."""
     gather, reduce = hlo.collectives(TEXT)
-    assert gather == ("all-gather", 4, 6, 6 * 32 * 128 * 4)
-    assert reduce == ("all-reduce", 8, 1, 100 * 2 + 10 * 4)
+    assert gather == ("all-gather", 4, 6, 6 * 32 * 128 * 4, False)
+    assert reduce == ("all-reduce", 8, 1, 100 * 2 + 10 * 4, False)
 
 
 def test_slices_and_near_memory_in_the_traffic():
@@ -75,6 +75,27 @@ def test_slices_and_near_memory_in_the_traffic():
     each += gathered  # read by the copy, which writes to a memory that is near
     reduced = 100 * 2 + 10 * 4 + 2 * 8 * 4
     assert hlo.traffic(TEXT) == 6 * each + (stack + 8 * 4) + reduced
+
+
+ACROSS = """HloModule m
+
+ENTRY %main (x: f32[64,8,128]) -> f32[64,8,128] {
+  %x = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:15}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:15}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = f32[64,8,128]{2,1,0:T(8,128)} get-tuple-element(%recv), index=0
+}
+"""
+
+
+def test_what_crosses_slices():
+    """As the TPU's compiler writes it: by way of the hosts, a send and what comes back."""
+    assert hlo.collectives(ACROSS) == [("all-reduce", 2, 1, 64 * 8 * 128 * 4, True)]
 
 
 @pytest.mark.parametrize(("groups", "size"), [

@@ -14,6 +14,7 @@ from conftest import ROOT
 from unipic_jax import plan as plans
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core import params
+from unipic_jax.core.errors import InputError
 from unipic_jax.plan import programs
 from unipic_jax.rl.config import nano
 from unipic_jax.train import cost, stage
@@ -106,6 +107,22 @@ def test_training_on_a_tpu(tpu, config):
     found = plans.plan(config, "v5e:2x4", kind="train", task="edit")
     check(found, 8)
     assert any(m["count"] > 1 for m in found["collectives"])
+
+
+def test_training_on_two_slices(tpu, config):
+    """Parameters stay inside a slice; what crosses the network is about their gradients."""
+    config.mesh.update({"data": 2, "fsdp": -1})
+    found = plans.plan(config, "v5e:2x2", kind="train", task="edit", slices=2)
+    check(found, 8)
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    across = [m for m in found["collectives"] if m["network"]]
+    assert {(m["kind"], m["group"]) for m in across} == {("all-reduce", 2)}
+    assert found["times"]["network"] > 0
+    # All gradients, spread over a slice's four devices, a few of them whole.
+    assert found["trained"] <= sum(m["size"] for m in across) <= 4 * found["trained"]
+    config.mesh.update({"data": 1})
+    with pytest.raises(InputError, match="data=2"):
+        plans.plan(config, "v5e:2x2", kind="train", task="edit", slices=2)
 
 
 def test_reinforcement_on_a_tpu(tpu, blocks_model):

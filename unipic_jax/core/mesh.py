@@ -7,7 +7,7 @@ The batch is spread over `data` and `fsdp`.
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,7 +27,9 @@ RULES = {
 def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
     """A mesh over `devices` (all by default); one size may be -1, for what remains.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Where the devices are those of several slices of pods, `data` runs over slices first, so that
+    only gradients and replicas go between them. Raises ValueError where the sizes do not multiply
+    to the number of devices, or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -37,7 +39,15 @@ def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sh
     if sizes[0] * sizes[1] * sizes[2] != len(devices):
         raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit "
                          f"{len(devices)} devices; choose sizes whose product is that number")
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Explicit,) * 3, devices=devices)
+    types = (AxisType.Explicit,) * 3
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(f"{slices} slices need a mesh whose data axis they divide; it is "
+                         f"{sizes[0]}: --config.mesh.data={slices}")
+    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices), AXES, types)
 
 
 def sharding(mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:

@@ -1,5 +1,6 @@
 """What a stage's real step costs on a machine that is not here: compiled ahead of time for it."""
 
+import logging
 import os
 import re
 import time
@@ -12,6 +13,8 @@ from jax.sharding import AxisType
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
 from unipic_jax.plan import chips, count, hlo, programs
+
+log = logging.getLogger(__name__)
 
 
 def prepare(topology: str) -> None:
@@ -54,6 +57,7 @@ def plan(config, topology: str, *, kind: str, task: str, slices: int = 1) -> dic
         if platform == "gpu":
             return report | {"left_out": "memory and collectives, which XLA tells where it "
                              "compiles for GPUs: on one of them"}
+        log.info("compiling for %s; this takes minutes", topology)
         began = time.monotonic()
         try:
             compiled = lowered.compile()
@@ -63,7 +67,7 @@ def plan(config, topology: str, *, kind: str, task: str, slices: int = 1) -> dic
             return report | {"fits": False, "needed": str(e).splitlines()[0],
                              "suggestion": _suggestion(config, kind, mesh)} | _needed(str(e))
         report["compile_seconds"] = time.monotonic() - began
-    return report | _measured(compiled, program, done, chip, total, slices, dict(mesh.shape))
+    return report | _measured(compiled, program, done, chip, total)
 
 
 def _platform(topology):
@@ -90,13 +94,9 @@ def _mesh(config, topology, platform, number, slices):
             known = -sizes["data"] * sizes["fsdp"] * sizes["tensor"]
             shape = [number // known if s == -1 and known else s for s in sizes.values()]
             return jax.sharding.AbstractMesh(tuple(shape), meshes.AXES, (AxisType.Explicit,) * 3)
-        mesh = meshes.make(**sizes, devices=devices)
+        return meshes.make(**sizes, devices=devices)
     except ValueError as e:
         raise InputError(str(e)) from None
-    if mesh.shape["data"] % slices:
-        raise InputError(f"{slices} slices need a mesh whose data axis they divide; it is "
-                         f"{mesh.shape['data']}: --config.mesh.data={slices}")
-    return mesh
 
 
 def _topology(topology, slices):
@@ -114,7 +114,7 @@ def _topology(topology, slices):
         raise InputError(f"topology {topology!r}: {reason}") from None
 
 
-def _measured(compiled, program, done, chip, total, slices, shape):
+def _measured(compiled, program, done, chip, total):
     memory = compiled.memory_analysis()
     each = {"arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
@@ -130,9 +130,9 @@ def _measured(compiled, program, done, chip, total, slices, shape):
         "compute": done.padded / (total * chip.flops),
         "memory": each_chip * traffic / chip.bandwidth,
         "interconnect": each_chip * sum(
-            _crossing(m) for m in moved if not _between(m, slices, shape)) / chip.interconnect,
+            _crossing(m) for m in moved if not m.network) / chip.interconnect,
         "network": each_chip * sum(
-            _crossing(m) for m in moved if _between(m, slices, shape)) / chip.network}
+            _crossing(m) for m in moved if m.network) / chip.network}
     seconds = max(times.values())
     return report | {
         "fits": True, "capacity": chip.memory / chip.devices, "times": times,
@@ -146,12 +146,6 @@ def _crossing(moved):
     n = moved.group
     share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}.get(moved.kind, (n - 1) / n)
     return moved.size * (1.0 if moved.kind == "collective-permute" else share)
-
-
-def _between(moved, slices, shape):
-    """Whether a collective runs between slices: one over `data`, which they split."""
-    inner = shape["fsdp"] * shape["tensor"]
-    return slices > 1 and (moved.group > inner or moved.group == shape["data"] != inner)
 
 
 def _suggestion(config, kind, mesh):

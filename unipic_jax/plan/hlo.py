@@ -23,6 +23,8 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|"
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _GROUPS = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_NETWORK = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([0-9,]*)\}')
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 
 
@@ -41,23 +43,33 @@ class Moved(NamedTuple):
     group: int  # devices that take part
     count: float  # times that it runs, in one run of the program
     size: float  # bytes of all its results, one device's
+    network: bool = False  # whether it crosses slices
 
 
 def collectives(text: str) -> list[Moved]:
     """What one run of the program moves, by kind and group, the most bytes first.
 
     Asynchronous collectives count once, where they start. The size is that of what a device holds
-    after: of an all-gather the whole, of a reduce-scatter a part.
+    after: of an all-gather the whole, of a reduce-scatter a part. Those between slices go by way of
+    the hosts, and their groups are of slices.
     """
     module, entry = parse(text)
     counts, sizes = collections.Counter(), collections.Counter()
     for op, times in _run(module, entry, 1, inside=True):
-        kind = op.opcode.removesuffix("-start")
+        kind, across = op.opcode.removesuffix("-start"), _NETWORK.search(op.rest)
         if kind in COLLECTIVES:
-            key = kind, group_size(op.rest)
-            counts[key] += times
-            sizes[key] += times * _result_bytes(op, kind)
-    return sorted((Moved(*key, counts[key], size) for key, size in sizes.items()),
+            key = kind, group_size(op.rest), False
+            size = _result_bytes(op, kind)
+        elif op.opcode == "recv" and across:
+            slices = _SLICES.search(op.rest)
+            key = (across[1].lower().replace("_", "-"), slices[1].count(",") + 1 if slices else 2,
+                   True)
+            size = array_bytes(op.result) - BYTES["u32"]  # with a number for the hosts
+        else:
+            continue
+        counts[key] += times
+        sizes[key] += times * size
+    return sorted((Moved(*key[:2], counts[key], size, key[2]) for key, size in sizes.items()),
                   key=lambda m: -m.size)
 
 
@@ -69,7 +81,9 @@ def traffic(text: str) -> float:
     counts as nothing.
     """
     module, entry = parse(text)
-    return sum(times * _touched(module, op) for op, times in _run(module, entry, 1, inside=False)
+    types = {name: {i.name: i.result for i in body} for name, body in module.items()}
+    return sum(times * _touched(module, types, op)
+               for op, times in _run(module, entry, 1, inside=False)
                if op.opcode not in FREE and not op.opcode.endswith("-done"))
 
 
@@ -93,15 +107,15 @@ def _run(module, name, times, *, inside):
                     yield from _run(module, other, times, inside=inside)
 
 
-def _touched(module, op):
+def _touched(module, types, op):
     """Bytes of one instruction."""
-    types = {i.name: i.result for i in module[op.where]}
-    operands = [types.get(name, "") for name in _operands(op)]
+    operands = [types[op.where].get(name, "") for name in _operands(op)]
     if op.opcode == "dynamic-slice":
         return 2 * _slow_bytes(op.result)
     if op.opcode == "dynamic-update-slice":
         return 2 * _slow_bytes(operands[1])
-    inner = module.get(dict(_attributes(op.rest)).get("calls", ""), [])
+    called = dict(_attributes(op.rest)).get("calls", "")
+    inner, inner_types = module.get(called, []), types.get(called, {})
     if op.opcode != "fusion" or not inner:
         return sum(map(_slow_bytes, [op.result, *operands]))
     users = collections.defaultdict(list)
@@ -110,7 +124,6 @@ def _touched(module, op):
             users[name].append(i)
     parameters = {int(i.rest.split("(")[1].split(")")[0]): i for i in inner
                   if i.opcode == "parameter"}
-    inner_types = {i.name: i.result for i in inner}
     total, updated = 0.0, 0.0
     for number, outer in enumerate(operands):
         using = users[parameters[number].name] if number in parameters else []

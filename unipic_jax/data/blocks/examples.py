@@ -32,7 +32,7 @@ from unipic_jax.data.records import TASKS, Example
 
 KINDS = dict(zip(TASKS, (captions.GENERATION_KINDS, edits.EDIT_KINDS, questions.QUESTION_KINDS)))
 """The kinds of the examples of each task."""
-HARDER = ("count", "place", "relation", "relation")  # questions, asked so much oftener in training
+HARDER = ("place", "place", "relation", "relation")  # questions, asked so much oftener in training
 TURNS = 6  # at most, after the first question
 TRIES = 8  # at the edits of one scene, of which there may be few
 
