@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or 2 after a line that says what was wrong with the input."""
     try:
-        parser = _parser()
+        parser = build_parser()
         args, rest = parser.parse_known_args(argv)
         if rest and args.run not in (*cli_train.TAKE_FIELDS, cli_plan.plan):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """What reads the command line of every command; it raises InputError for what it cannot."""
     parser = _Parser(prog="unipic", description="Skywork UniPic 2.0 in JAX")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 

@@ -40,7 +40,7 @@ def takes(command):
     """Whether `unipic` takes a command line, all but the fields of its config."""
     program, *arguments = shlex.split(command)
     assert program == "unipic"
-    args, rest = cli._parser().parse_known_args(arguments)
+    args, rest = cli.build_parser().parse_known_args(arguments)
     assert args.run in cli.cli_train.TAKE_FIELDS
     assert args.distributed
     assert (ROOT / args.config).is_file()

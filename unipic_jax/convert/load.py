@@ -13,7 +13,10 @@ from unipic_jax.core.errors import InputError
 from unipic_jax.model import Part, config_file, read_part
 
 HUB = "hf://"
-SHIPPED = {"nano": Path(__file__).parents[1] / "nano/kontext"}  # what comes with the package
+_NANO = Path(__file__).parents[1] / "nano"
+SHIPPED = {"nano": _NANO / "kontext", "nano-metaquery": _NANO / "metaquery",
+           "nano-qwen2.5-vl": _NANO / "qwen2_5_vl"}
+"""What comes with the package: a model that draws and edits, and the two parts of MetaQuery."""
 
 
 def find(model: str) -> Path:
