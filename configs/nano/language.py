@@ -12,5 +12,6 @@ def get_config():
     config.mllm = "configs/nano/model/metaquery/qwen2_5_vl"
     config.trained = config.fresh = ("mllm",)
     config.data.text_tokens = 96  # four or five questions and their answers
-    config.batch, config.steps = 16, 14000
+    config.blank_answers = 0.5  # for MetaQuery, whose queries read a prompt at once
+    config.batch, config.steps = 16, 17000
     return config

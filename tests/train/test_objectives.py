@@ -152,6 +152,22 @@ def answers(golden_qwen, asked):
     return batch, run, *run(params, batch)
 
 
+def test_blank_answers_are_not_read(golden_qwen, answers):
+    """Tokens that are in answers alone get a gradient as what is said, and none as what is read."""
+    part, params, _ = golden_qwen
+    batch, *_ = answers
+
+    def loss(params, blank):
+        return objectives.answer({"mllm": part}, {"mllm": params}, batch, KEYS, dtype=jnp.float32,
+                                 remat="none", blank=blank)[0].sum()
+
+    ids, said = batch["prompt"]["ids"], batch["answers"]
+    alone = np.setdiff1d(ids[said], ids[~said])
+    rows = [np.abs(jax.grad(loss)(params, blank)["token"][alone]).max(1) for blank in (0.0, 1.0)]
+    assert (rows[0] > 0).any()
+    assert (rows[1] == 0).all()
+
+
 def test_loss_of_answers_equals_transformers(golden_qwen, asked, answers):
     import torch
     import transformers

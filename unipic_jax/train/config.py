@@ -37,6 +37,7 @@ def defaults() -> ConfigDict:
             "caption_dropout": 0.1,  # of captions that become "", for guidance
             "workers": 8,  # processes that decode pictures; 0 for threads
         },
+        "blank_answers": 0.0,  # of chats whose answers are learned without what was said before
         "batch": 128,  # samples a step, on all devices
         "micro_batches": 1,  # parts of it whose gradients are summed one after the other
         "steps": 200_000,

@@ -95,12 +95,21 @@ def chat_inputs(prompt: dict) -> metaquery.Inputs:
 
 
 def answer(
-    parts: Mapping[str, Part], params: Tree, batch: dict, keys: jax.Array, *, dtype, remat: str
+    parts: Mapping[str, Part], params: Tree, batch: dict, keys: jax.Array, *, dtype, remat: str,
+    blank: float = 0.0,
 ):
     """The cross-entropy of "answers" (bool [B, S]: the tokens to be said) in the collated chat
-    "prompt", and "accuracy": 1 where the likeliest token is right at every one of them."""
+    "prompt", and "accuracy": 1 where the likeliest token is right at every one of them.
+
+    In a share `blank` of the chats what has been said so far is not shown (word dropout at its
+    fullest, arXiv:1511.06349): each token of an answer is found from its place alone, side by side
+    with the others, which is how MetaQuery's queries read a prompt.
+    """
     cfg, inputs = parts["mllm"].config, chat_inputs(batch["prompt"])
     x = qwen.embed(cfg, params["mllm"], inputs.ids, inputs.pictures, dtype)
+    if blank:
+        drop = jax.vmap(lambda key: jax.random.bernoulli(key, blank))(keys)
+        x = jnp.where((drop[:, None] & batch["answers"])[..., None], 0, x)
     states, _ = language.apply(cfg, params["mllm"], x, inputs.positions, inputs.mask, remat=remat)
     logits = language.logits(cfg, params["mllm"], states[:, :-1]).astype(jnp.float32)
     said, tokens = batch["answers"][:, 1:], inputs.ids[:, 1:]

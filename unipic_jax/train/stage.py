@@ -58,6 +58,8 @@ def open_stage(config) -> Stage:
         combine = _joined
     objective = functools.partial(objectives.OBJECTIVES[config.objective], parts,
                                   dtype=jnp.dtype(config.dtype), remat=config.remat)
+    if config.objective == "answer":
+        objective = functools.partial(objective, blank=config.blank_answers)
 
     def loss(trained, frozen, batch, keys):
         return objective(combine(trained, frozen), batch, keys)
