@@ -14,9 +14,8 @@ from unipic_jax.model import Part, config_file, read_part
 
 HUB = "hf://"
 _NANO = Path(__file__).parents[1] / "nano"
-SHIPPED = {"nano": _NANO / "kontext", "nano-metaquery": _NANO / "metaquery",
-           "nano-qwen2.5-vl": _NANO / "qwen2_5_vl"}
-"""What comes with the package: a model that draws and edits, and the two parts of MetaQuery."""
+SHIPPED = {"nano": _NANO / "kontext", "nano-qwen2.5-vl": _NANO / "qwen2_5_vl"}
+"""What comes with the package: a model that draws and edits, and one that answers questions."""
 
 
 def find(model: str) -> Path:
