@@ -27,9 +27,9 @@ RULES = {
 def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
     """A mesh over `devices` (all by default); one size may be -1, for what remains.
 
-    Where the devices are those of several slices of pods, `data` runs over slices first, so that
-    only gradients and replicas go between them. Raises ValueError where the sizes do not multiply
-    to the number of devices, or the slices do not divide `data`.
+    Where the devices are those of several slices of TPU pods, `data` runs over slices first, so
+    that only gradients and replicas go between them. Raises ValueError where the sizes do not
+    multiply to the number of devices, or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -40,8 +40,9 @@ def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sh
         raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit "
                          f"{len(devices)} devices; choose sizes whose product is that number")
     types = (AxisType.Explicit,) * 3
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices == 1:
+    # GPUs count hosts as slices, over which parameters may well be split.
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices <= 1:
         return jax.make_mesh(tuple(sizes), AXES, types, devices=devices)
     if sizes[0] % slices:
         raise ValueError(f"{slices} slices need a mesh whose data axis they divide; it is "
