@@ -44,18 +44,18 @@ def make(folder: Path, step: Step, start: str, seed: int, cores: Queue,
         earlier.result()
         start = str(place(folder, step.before, seed) / "model")
     workdir = place(folder, step, seed)
-    if (workdir / "model").exists():
-        return
     workdir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "unipic_jax", step.command, "--workdir", str(workdir),
                f"--config.seed={seed}", *(a.replace("{before}", start) for a in step.arguments)]
-    mine = cores.get()
-    try:
-        with workdir.with_suffix(".log").open("a") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT,
-                           preexec_fn=lambda: os.sched_setaffinity(0, mine))
-    finally:
-        cores.put(mine)
+    if not (workdir / "model").exists():
+        mine = cores.get()
+        try:
+            with workdir.with_suffix(".log").open("a") as log:
+                subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT,
+                               preexec_fn=lambda: os.sched_setaffinity(0, mine))
+        finally:
+            cores.put(mine)
+    workdir.with_suffix(".json").write_text(json.dumps(scores(workdir)) + "\n")
 
 
 def scores(workdir: Path) -> dict[str, float]:
@@ -107,8 +107,8 @@ def collect(folder: Path, tables: Tables, plot_name: str) -> dict:
     """What is done so far, by table and row, written as figures, tables and a plot."""
     results = {}
     for name, rows in tables.items():
-        found = {row: [scores(path) for seed in range(seeds)
-                       if ((path := place(folder, step, seed)) / "model").exists()]
+        found = {row: [json.loads(file.read_text()) for seed in range(seeds)
+                       if (file := place(folder, step, seed).with_suffix(".json")).exists()]
                  for row, (step, seeds) in rows.items()}
         results[name] = {row: values for row, values in found.items() if values}
     results = {name: rows for name, rows in results.items() if rows}
@@ -124,10 +124,15 @@ def collect(folder: Path, tables: Tables, plot_name: str) -> dict:
 
 
 def run(folder: Path, tables: Tables, start: str, jobs: int, plot_name: str) -> None:
-    """Make all runs that are not done, the first seeds of all rows first, and print the tables."""
+    """Make all runs that are not done, the first seeds of all rows first, and print the tables.
+
+    What is kept of a run is the file of its scores; its folder may go, unless a run that is not
+    done begins with its model, which is then made again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = sorted(((seed, step) for rows in tables.values()
-                     for step, seeds in rows.values() for seed in range(seeds)),
+                     for step, seeds in rows.values() for seed in range(seeds)
+                     if not place(folder, step, seed).with_suffix(".json").exists()),
                     key=lambda one: one[0])
     cores, free = Queue(), sorted(os.sched_getaffinity(0))
     for i in range(jobs):
@@ -141,7 +146,8 @@ def run(folder: Path, tables: Tables, start: str, jobs: int, plot_name: str) -> 
         return runs[step.name, seed]
 
     # As many threads as rows: most of them wait for cores.
-    with ThreadPoolExecutor(len(wanted)) as pool, tqdm(total=len(wanted), unit="run") as bar:
+    threads = max(1, len(wanted))
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(wanted), unit="run") as bar:
         for done in [submit(step, seed) for seed, step in wanted]:
             done.result()
             bar.update()

@@ -121,20 +121,34 @@ def pieces(folder: FilePath) -> Iterator[Piece]:
 
 def restore(folder: FilePath, abstract: Tree) -> Tree:
     """The tree with the shapes, types and shardings of `abstract`."""
-    leaves, wanted = traverse_util.flatten_dict(abstract), {}
-    for stored, (shape, _) in _stored(folder).items():
-        leaf = leaves[_whole(stored)[0]]
-        wanted[stored] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-    loaded = traverse_util.flatten_dict(_load(folder, traverse_util.unflatten_dict(wanted)))
+    leaves, stored = traverse_util.flatten_dict(abstract), _stored(folder)
     split: dict[Path, dict[int, Path]] = {}
-    for stored in wanted:
-        path, first = _whole(stored)
+    for path in stored:
+        leaf, first = _whole(path)
         if first is not None:
-            split.setdefault(path, {})[first] = stored
-    for path, parts in split.items():  # leaf by leaf, so that only one is there twice
-        arrays = [loaded.pop(parts[first]) for first in sorted(parts)]
-        loaded[path] = jax.jit(jnp.concatenate, out_shardings=leaves[path].sharding)(arrays)
-    return traverse_util.unflatten_dict(loaded)
+            split.setdefault(leaf, {})[first] = path
+    nothing = dict.fromkeys(stored, ocp.PLACEHOLDER)
+
+    def load(paths):
+        wanted = {}
+        for path in paths:
+            leaf = leaves[_whole(path)[0]]
+            wanted[path] = jax.ShapeDtypeStruct(stored[path][0], leaf.dtype,
+                                                sharding=leaf.sharding)
+        loaded = traverse_util.flatten_dict(
+            _load(folder, traverse_util.unflatten_dict(nothing | wanted)))
+        return [loaded[path] for path in paths]
+
+    # A stack is there twice while its parts are put together: the largest first, while little
+    # else is there.
+    tree = {}
+    for leaf in sorted(split, key=lambda p: leaves[p].size, reverse=True):
+        parts = load([path for _, path in sorted(split[leaf].items())])
+        together = jax.jit(jnp.concatenate, out_shardings=leaves[leaf].sharding)
+        tree[leaf] = jax.block_until_ready(together(parts))
+    whole = [path for path in stored if _whole(path)[1] is None]
+    tree.update(zip(whole, load(whole)))
+    return traverse_util.unflatten_dict(tree)
 
 
 def _load(folder, tree):
