@@ -13,31 +13,34 @@ train() { # STAGE [ARGUMENT ...]
     unipic train --config "configs/nano/$1.py" --workdir "$out/$1" "${@:2}"
 }
 
-# Pictures and language know nothing of each other yet, and small models run best on few cores: on
-# half of them the language model learns, in a log of its own, while the others draw.
+# Pictures and language know nothing of each other yet, and small models run best on few cores: half
+# of them draw, while on the others, in a log of its own, the language model learns to answer and then,
+# with a model that draws, the queries to ask it.
 half=$(($(nproc) / 2))
 on() { # CORES COMMAND ...
     if [ "$half" -gt 0 ] && command -v taskset >/dev/null; then taskset -c "$1" "${@:2}"; else "${@:2}"; fi
 }
-language() {
-    exec unipic train --config configs/nano/language.py --workdir "$out/language" "$@" \
-        >"$out/language.log" 2>&1
+words() {
+    train language "$@"
+    until [ -d "$out/base/model" ]; do sleep 5; done
+    train align "$@" --config.model="$out/base/model" --config.mllm="$out/language/model"
 }
 pictures() {
     train autoencoder "$@"
     train base "$@" --config.model="$out/autoencoder/model"
     train kontext "$@" --config.model="$out/base/model"
 }
-export -f train language pictures
+export -f train words pictures
 export out
-on "0-$((half - 1))" bash -euc 'language "$@"' language "$@" &
-trap 'kill $! 2>/dev/null || true' EXIT
-printf '\n== language, in %s/language.log\n' "$out"
+set -m # a group of its own, to be stopped whole
+on "0-$((half - 1))" bash -euc 'words "$@"' words "$@" >"$out/words.log" 2>&1 &
+set +m
+trap 'kill -- -$! 2>/dev/null || true' EXIT
+printf '\n== language and align, in %s/words.log\n' "$out"
 on "$half-$(($(nproc) - 1))" bash -euc 'pictures "$@"' pictures "$@"
-wait $! || { tail -n 5 "$out/language.log" >&2; exit 1; }
+wait $! || { tail -n 5 "$out/words.log" >&2; exit 1; }
 trap - EXIT
 
-train align "$@" --config.model="$out/base/model" --config.mllm="$out/language/model"
 train unified "$@" --config.model="$out/kontext/model" --config.mllm="$out/language/model" \
     --config.conditioner="$out/align/model/conditioner"
 

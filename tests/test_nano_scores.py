@@ -28,6 +28,7 @@ def measured(name):
         config.objective, config.mllm = "answer", name
     else:
         config.model = name
+        config.mllm = "nano-qwen2.5-vl" if name == "nano-metaquery" else ""
         config.samples.update({k: claim(name)[k] for k in ("steps", "guidance_scale")})
     mesh = meshes.make(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -41,7 +42,8 @@ def measured(name):
 
 
 @pytest.mark.parametrize(("name", "task", "figure"), [
-    ("nano", "generate", "exact"), ("nano", "edit", "exact"), ("nano", "edit", "preserved"),
+    *((name, *figure) for name in ("nano", "nano-metaquery") for figure in (
+        ("generate", "exact"), ("edit", "exact"), ("edit", "preserved"))),
     ("nano-qwen2.5-vl", "describe", "exact")])
 def test_the_claim_holds(name, task, figure):
     """Within three standard errors of so few scenes, and one scene."""

@@ -117,10 +117,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _drawing(sub):
     sub.add_argument("--model", required=True,
-                     help="a folder in the released or the JAX layout, hf://owner/name, or nano: a "
-                     "small one that is shipped")
-    sub.add_argument("--mllm", metavar="DIR", help="Qwen2.5-VL, named as the model is: draw by "
-                     "MetaQuery")
+                     help="a folder in the released or the JAX layout, hf://owner/name, or one "
+                     "of the small ones that are shipped, nano and nano-metaquery")
+    sub.add_argument("--mllm", metavar="DIR", help="Qwen2.5-VL, named as the model is, or "
+                     "nano-qwen2.5-vl: draw by MetaQuery")
     sub.add_argument("--conditioner", metavar="DIR",
                      help="the folder of MetaQuery's conditioner, where it is not in the model's")
     sub.add_argument("--steps", type=int, default=50, help="denoising steps")

@@ -14,8 +14,10 @@ from unipic_jax.model import Part, config_file, read_part
 
 HUB = "hf://"
 _NANO = Path(__file__).parents[1] / "nano"
-SHIPPED = {"nano": _NANO / "kontext", "nano-qwen2.5-vl": _NANO / "qwen2_5_vl"}
-"""What comes with the package: a model that draws and edits, and one that answers questions."""
+SHIPPED = {"nano": _NANO / "kontext", "nano-metaquery": _NANO / "metaquery",
+           "nano-qwen2.5-vl": _NANO / "qwen2_5_vl"}
+"""What comes with the package: two models that draw and edit, the second with the third, which
+answers questions, as its language model."""
 
 
 def find(model: str) -> Path:
