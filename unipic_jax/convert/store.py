@@ -152,7 +152,12 @@ def restore(folder: FilePath, abstract: Tree) -> Tree:
 
 
 def _load(folder, tree):
+    context, wanted = ocp.Context(), [a for a in jax.tree.leaves(tree) if hasattr(a, "shape")]
+    # What is read and not yet in its place; Orbax takes no array of as many bytes or more.
+    largest = max((a.size * a.dtype.itemsize for a in wanted), default=0)
+    context.memory.read_concurrent_bytes = max(2 * GROUP, largest + 1)
     try:
-        return ocp.load(folder.absolute(), tree)
+        with context:
+            return ocp.load(folder.absolute(), tree)
     except Exception as e:
         raise InputError(f"{folder} cannot be restored: {str(e).splitlines()[0]}") from e
