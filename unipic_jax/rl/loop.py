@@ -45,7 +45,7 @@ def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bo
         if recipe.JUDGE in config.rl.reward and not config.rl.server.url:
             judge = stage.open_judge(*[load.find(config.judge)] * 2)
             asked = functools.partial(ask, config, judge["mllm"])
-        prompts = _prompts(config, here, mesh, asked)
+        prompts = open_prompts(config, here, mesh, asked)
         reward = stack.enter_context(remote.connect(config)) if config.rl.server.url else None
         how = recipe.learning(config)
         trained, frozen = stage.parameters(config, here, mesh)
@@ -86,17 +86,18 @@ USELESS = ("were not finite or had no reward; lower the learning rate, or see to
            "server: the same command goes on from the last checkpoint")
 
 
+def open_prompts(config, here, mesh, ask) -> Prompts:
+    """The prompts of a stage, of blocks or of the config's file."""
+    side, tasks = recipe.picture_side(config), recipe.TASKS[config.rl.task]
+    sources = {task: File(Path(config.rl.prompts), task, side) if config.rl.prompts
+               else Blocks(task) for task in tasks}
+    return Prompts(sources, here.collate, config.batch // config.rl.group, mesh, ask,
+                   recipe.copies(config, mesh))
+
+
 def ask(config, mllm: Part, examples: Sequence[Example]) -> dict:
     """What the judge is asked of edits, as the arrays of `judging.Inputs` by name."""
     side = recipe.picture_side(config)
     return judging.prepare(qwen_chat.open_chat(mllm.folder), mllm.config,
                            [e.text for e in examples], (side, side),
                            config.data.text_tokens)._asdict()
-
-
-def _prompts(config, here, mesh, ask) -> Prompts:
-    side, tasks = recipe.picture_side(config), recipe.TASKS[config.rl.task]
-    sources = {task: File(Path(config.rl.prompts), task, side) if config.rl.prompts
-               else Blocks(task) for task in tasks}
-    return Prompts(sources, here.collate, config.batch // config.rl.group, mesh, ask,
-                   recipe.copies(config, mesh))
