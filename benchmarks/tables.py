@@ -55,7 +55,9 @@ def make(folder: Path, step: Step, start: str, seed: int, cores: Queue,
                                preexec_fn=lambda: os.sched_setaffinity(0, mine))
         finally:
             cores.put(mine)
-    workdir.with_suffix(".json").write_text(json.dumps(scores(workdir)) + "\n")
+    done = workdir.with_suffix(".json")
+    done.with_suffix(".part").write_text(json.dumps(scores(workdir)) + "\n")
+    done.with_suffix(".part").rename(done)  # whole or not there: others look for it
 
 
 def scores(workdir: Path) -> dict[str, float]:

@@ -143,9 +143,10 @@ def restore(folder: FilePath, abstract: Tree) -> Tree:
     # else is there.
     tree = {}
     for leaf in sorted(split, key=lambda p: leaves[p].size, reverse=True):
-        parts = load([path for _, path in sorted(split[leaf].items())])
         together = jax.jit(jnp.concatenate, out_shardings=leaves[leaf].sharding)
-        tree[leaf] = jax.block_until_ready(together(parts))
+        # Its parts have no name here, which would keep them while the next one is read.
+        tree[leaf] = jax.block_until_ready(
+            together(load([path for _, path in sorted(split[leaf].items())])))
     whole = [path for path in stored if _whole(path)[1] is None]
     tree.update(zip(whole, load(whole)))
     return traverse_util.unflatten_dict(tree)
