@@ -1,8 +1,8 @@
 """The report's table 4 on the nano family: what reinforcement on one task does to both.
 
-    python -m benchmarks.pdtr --model KONTEXT --dir RUNS [--judge JUDGE] [--steps 60] [--jobs 2]
+    python -m benchmarks.pdtr --model KONTEXT --dir RUNS [--judge JUDGE] [--seeds 3] [--jobs 2]
 
-KONTEXT is an under-trained model, that of an early stop of configs/nano/kontext.py, and JUDGE what
+KONTEXT is an under-trained model, as docs/reproduction.md has it, and JUDGE what
 configs/nano/judge.py has made. "none" is the model itself, scored as the runs are. Stopped, the
 same command goes on where it was. RUNS/results.json, RUNS/table4.md and, with matplotlib,
 RUNS/pdtr.png are made anew each time from the runs that are done.
@@ -17,25 +17,26 @@ from benchmarks.tables import Step
 BLOCKS = 64  # held-out scenes of each kind
 
 
-def rows(judge: str, steps: int, seeds: int) -> tables.Tables:
+def rows(judge: str, seeds: int) -> tables.Tables:
     """What each row runs; the last ones with one seed only."""
 
-    def stage(name, task, *more, before=None, count=steps):
+    def stage(name, task, *more, before=None):
         return Step(name, "reinforce", (
-            "--config=configs/nano/rl_edit.py", f"--config.rl.task={task}",
-            "--config.model={before}", f"--config.steps={count}",
+            f"--config=configs/nano/rl_{task}.py", "--config.model={before}",
             "--config.samples.every=1000000", "--config.samples.at_start=False",
             f"--config.samples.blocks={BLOCKS}", *more), before)
 
-    none = stage("none", "edit", "--config.optimizer.learning_rate=0.0", count=1)
+    none = stage("none", "edit", "--config.optimizer.learning_rate=0.0", "--config.steps=1")
     edit, generate = stage("edit", "edit"), stage("generate", "generate")
     found = {
         "none": (none, 1),
         "edit": (edit, seeds),
         "text to image": (generate, seeds),
         "edit, then text to image": (stage("edit-generate", "generate", before=edit), seeds),
+        "text to image, no edits kept": (
+            stage("free", "generate", "--config.rl.learn.keep=0.0"), 1),
         "text to image, then edit": (stage("generate-edit", "edit", before=generate), 1),
-        "both in turn": (stage("both", "both", count=2 * steps), 1)}
+        "both in turn": (stage("both", "edit", "--config.rl.task=both", "--config.steps=140"), 1)}
     if judge:
         judged = stage("judged", "edit", "--config.rl.reward={'judge': 1.0}",
                        f"--config.judge={judge}")
@@ -50,11 +51,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--judge", default="")
-    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    tables.run(args.dir, rows(args.judge, args.steps, args.seeds), args.model, args.jobs,
+    tables.run(args.dir, rows(args.judge, args.seeds), args.model, args.jobs,
                "pdtr.png")
 
 

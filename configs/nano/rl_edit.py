@@ -1,4 +1,4 @@
-"""Flow-GRPO on nano, editing: the first stage of PDTR.
+"""DiffusionNFT on nano, editing: the first stage of PDTR.
 
     unipic reinforce --config configs/nano/rl_edit.py --workdir DIR --config.model=KONTEXT/model
 """

@@ -1,4 +1,4 @@
-"""Flow-GRPO on nano, text to image: the second stage of PDTR, from the first one's model.
+"""DiffusionNFT on nano, text to image: the second stage of PDTR, from the first one's model.
 
     unipic reinforce --config configs/nano/rl_generate.py --workdir DIR --config.model=EDIT/model
 """

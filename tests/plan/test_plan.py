@@ -78,9 +78,13 @@ def test_what_is_computed_again(config):
     assert 0.4 < (again[2] - again[0]) * found["flops_per_sample"] / forward < 1
 
 
-def test_operations_of_reinforcement():
+@pytest.mark.parametrize(("task", "objective"), [("edit", "grpo"), ("generate", "nft")])
+def test_operations_of_reinforcement(task, objective):
     """What its cost counts from the config is what its jaxpr has, where nothing is done again."""
-    found = plans.plan(nano("edit"), "gpu:1", kind="reinforce", task="edit")
+    config = nano(task)
+    config.rl.objective = objective
+    assert bool(config.rl.learn.keep) == (task == "generate")
+    found = plans.plan(config, "gpu:1", kind="reinforce", task=task)
     assert found["recomputed"] == pytest.approx(0, abs=0.02)
 
 
@@ -129,7 +133,8 @@ def test_reinforcement_on_a_tpu(tpu, blocks_model):
     """The whole step with its reward inside."""
     config = nano("edit")
     config.model, config.batch, config.rl.group, config.micro_batches = str(blocks_model), 8, 4, 1
-    config.rl.sampling.update({"steps": 3, "window": 1})
+    config.rl.objective = "grpo"
+    config.rl.sampling.update({"steps": 3, "noise": 0.7, "window": 1, "span": (0, 0)})
     config.mesh.update({"data": 1, "fsdp": -1})
     check(plans.plan(config, "v6e:2x2", kind="reinforce", task="edit"), 4)
 

@@ -10,12 +10,15 @@ from unipic_jax.rl import config as configs
 
 
 def make_config(model, task, **changes):
+    """Flow-GRPO, unless `changes` say otherwise."""
     config = configs.nano(task)
     config.model, config.batch, config.steps = str(model), 16, 4
-    config.rl.group, config.micro_batches = 2, 1
-    config.rl.sampling.update({"steps": 3, "window": 1, "place": "random"})
+    config.rl.objective, config.rl.group, config.micro_batches = "grpo", 2, 1
+    config.rl.grpo.kl = config.rl.learn.keep = 0.0
+    config.rl.sampling.update({"steps": 3, "noise": 0.7, "window": 1, "place": "random",
+                               "span": (0, 0)})
     config.mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    config.optimizer.learning_rate = 1e-2
+    config.optimizer.update({"learning_rate": 1e-2, "warmup": 0.0, "cosine": False})
     config.checkpoint.update({"every": 2, "keep": 9})
     config.samples.update({"count": 0, "blocks": 0, "at_start": False})
     config.update_from_flattened_dict(changes)

@@ -75,6 +75,21 @@ def test_both_tasks_in_turn(model, tmp_path):
         assert picture.size == (640, 320)
 
 
+def test_captions_are_learned_and_edits_kept(model, tmp_path):
+    def run(weight):
+        config = make_config(model, "generate", **{
+            "rl.objective": "nft", "rl.sampling.noise": 0.0, "rl.learn.keep": weight,
+            "rl.kept.batch": 8})
+        assert loop.reinforce(config, tmp_path / str(weight), progress=False)
+        return figures(tmp_path / str(weight), "kept_kl")
+
+    free, held = run(1e-6), run(1e2)
+    assert free[0] == held[0] == 0
+    assert 0 < held[-1] < free[-1] / 2
+    with pytest.raises(InputError, match="keep holds edits"):
+        loop.reinforce(make_config(model, "edit", **{"rl.learn.keep": 1.0}), tmp_path / "edit")
+
+
 def test_fewer_prompts_than_devices(model, tmp_path, monkeypatch):
     """Two prompts on eight devices, each encoded by four, give what they give on two."""
     config = make_config(model, "edit", **{"rl.group": 8, "steps": 2})

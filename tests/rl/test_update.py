@@ -324,12 +324,36 @@ def test_nft_samples_with_the_slow_copy():
     assert np.any(state.old["w"] != state.params["w"])
 
 
+def test_kept_prompts_hold_the_policy_to_the_reference():
+    """Where the reward teaches nothing the update is that of the divergence on kept prompts alone,
+    by hand for a reference whose rows differ: v - v_ref is that of the one row trained at."""
+    index, weight = 4, 3.0
+    case = Case(learn.Config(Nft(kl=0.0), keep=weight, ema=0.0),
+                rollout.Config(noise=0.0, window=1, span=(index, index + 1)))
+    away = np.random.default_rng(1).normal(size=TRAINED["rows"].shape).astype(np.float32)
+    frozen = FROZEN | {"initial": TRAINED | {"rows": TRAINED["rows"] - away}}
+    kept = {"positive": {"c": BATCH["positive"]["c"][:6], "reference": np.ones((6, toy.D), "f4")},
+            "negative": {"c": BATCH["negative"]["c"][:6]}, "id": np.arange(6, dtype=np.int32)}
+    run, update, _ = functions(case)
+    state = begin(case)
+    trajectory = run(state, frozen, BATCH, KEY)
+    after, report = update(state, frozen, BATCH | {"kept": kept}, trajectory,
+                           np.ones(toy.B, np.float32), np.ones(toy.B, bool), KEY)
+    expected = np.array(TRAINED["rows"])
+    expected[index] -= RATE * weight * 2 * away[index] / toy.D
+    close(after.params["rows"], expected, 1e-6)
+    assert np.any(after.params["w"] != TRAINED["w"])
+    np.testing.assert_allclose(report["kept_kl"], [np.square(away[index]).mean()], rtol=1e-5)
+
+
 def test_settings_that_do_not_fit_are_refused():
     def make(how, sampling=rollout.Config(), reference=toy.reference):
         step.make_update(how, sampling, toy.SIGMAS, toy.policy, reference, SGD, lambda _: RATE)
 
     with pytest.raises(InputError, match="no reference"):
         make(learn.Config(Grpo(kl=0.1)), reference=None)
+    with pytest.raises(InputError, match="no reference"):
+        make(learn.Config(Grpo(kl=0.0), keep=0.1), reference=None)
     with pytest.raises(InputError, match="without guidance"):
         make(learn.Config(Nft()), rollout.Config(guidance_scale=2.0))
     with pytest.raises(InputError, match="deviation"):

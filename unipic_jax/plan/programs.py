@@ -85,9 +85,14 @@ def _reinforce(config, here, task, mesh, trained, frozen):
         goal = blocks.sample(task, 0, 0).goal
         prompts["goal"] = jax.tree.map(lambda a: np.asarray(a)[None], goal)
     prompts = _spread(prompts, count, mesh)
+    if config.rl.learn.keep:
+        kept = here.collate["edit"]([_example(config, "edit")])
+        kept["negative"] = kept["prompt"]
+        kept.pop("target")
+        prompts["kept"] = _spread(kept, config.rl.kept.batch, mesh)
     each = rl_cost.per_sample(config, here, prompts, judge)
     how = recipe.learning(config)
-    if not config.lora.rank and config.rl[config.rl.objective].kl:
+    if not config.lora.rank and how.needs_reference:
         frozen["reference"] = params.abstract(
             here.parts["transformer"].specs, jnp.dtype(config.dtype), mesh)
     timing = optimizer.Config(**config.optimizer)

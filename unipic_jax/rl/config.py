@@ -27,6 +27,9 @@ def defaults() -> ConfigDict:
         # Of a scoring server; or with `model` of a service that has this vision model to judge.
         "server": {"url": "", "model": "", "timeout": 60.0, "retries": 3, "batch": 16,
                    "requests": 8},
+        # Edits that a stage for captions is to go on making as it did (`learn.keep`): how many an
+        # update, and their file, as `prompts`.
+        "kept": {"batch": 64, "prompts": ""},
         "chunks": 4,  # parts of a rollout that are sampled while the server scores those before
         "sampling": dataclasses.asdict(rollout.Config()),
         "objective": "grpo",  # or "nft"
@@ -46,12 +49,21 @@ def nano(task: str) -> ConfigDict:
     config.model = "nano"
     config.rl.task = task
     config.lora.rank = 0  # so few weights train whole
-    config.steps, config.log_every = 60, 1
+    edits = task != "generate"
+    config.steps, config.log_every = 100 if edits else 40, 1
     config.ema = 0.0  # of so few updates
     config.micro_batches = 4  # of 64 samples
     config.checkpoint.every = 20
-    config.optimizer.learning_rate = 2e-5
-    config.rl.grpo.kl = 0.0
-    config.rl.sampling.update({"steps": 8})
-    config.samples.update(dict(small.samples) | {"every": 30, "at_start": True})
+    # What these were measured against is in docs/reproduction.md.
+    config.optimizer.update({"learning_rate": 1e-4 if edits else 5e-5, "warmup": 0.05,
+                             "cosine": True})
+    config.rl.objective, config.rl.group = "nft", 8
+    config.rl.nft.kl = 0.0
+    config.rl.sampling.update({"steps": 5, "noise": 0.0, "window": 1})
+    if task == "edit":
+        config.rl.sampling.span = (1, 4)  # levels where rollouts agree on the gradient
+    config.rl.learn.keep = 2.0 if task == "generate" else 0.0
+    # Scored as the policy samples.
+    config.samples.update(dict(small.samples) | {"every": 50, "at_start": True, "steps": 5,
+                                                 "guidance_scale": 1.0})
     return config

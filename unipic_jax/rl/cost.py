@@ -22,19 +22,27 @@ def per_sample(
     group. Rewards of blocks count as nothing.
     """
     how, drawing = recipe.learning(config), recipe.sampling(config)
-    side = recipe.picture_side(config)
-    batch = prompts | {"target": jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)}
-    forward = cost.forward(config.objective, stage.parts, batch)
-    edit, guided = "source" in prompts, 1 + (drawing.guidance_scale > 1)
-    each = guided * forward.pop("transformer")
-    learned = flops.training(0, each) if config.lora.rank else flops.training(each)
-    learned += each * bool(how.objective.kl)
-    rolled = drawing.steps * each + drawing.size * how.passes * learned
-    if how.rounds > 1 and not isinstance(how.objective, Nft):
-        rolled += drawing.size * each  # the old policy, once for all updates
-    encode = forward.pop("vae")  # of target and source, where only the source of an edit is needed
-    shared = edit * encode / 2 + guided * sum(forward.values())
-    total = rolled + flops.decode(stage.parts["vae"].config, side, side)
+    side, nft = recipe.picture_side(config), isinstance(how.objective, Nft)
+    target = {"target": jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)}
+    guided = 1 + (drawing.guidance_scale > 1)
+
+    def parts(prompts):
+        """Of a sample's forward and backward, and of what is encoded once a prompt."""
+        forward = cost.forward(config.objective, stage.parts, prompts | target)
+        each = guided * forward.pop("transformer")
+        encode = forward.pop("vae")  # of target and source, where only an edit's source is needed
+        shared = ("source" in prompts) * encode / 2 + guided * sum(forward.values())
+        return each, flops.training(0, each) if config.lora.rank else flops.training(each), shared
+
+    each, learned, shared = parts(prompts)
+    learned += each * (bool(how.objective.kl) + nft)  # DiffusionNFT's old policy at every step
+    total = drawing.steps * each + drawing.size * how.passes * learned
+    if how.rounds > 1 and not nft:
+        total += drawing.size * each  # the old policy, once for all updates
+    total += flops.decode(stage.parts["vae"].config, side, side)
     if judge:
-        total += sum(cost.forward("judgement", judge, batch).values())
+        total += sum(cost.forward("judgement", judge, prompts | target).values())
+    if "kept" in prompts:
+        once, trained, encoded = parts(prompts["kept"])
+        total += (how.rounds * (trained + once) + encoded) * config.rl.kept.batch / config.batch
     return total + shared / config.rl.group

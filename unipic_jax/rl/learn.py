@@ -39,6 +39,7 @@ class Config:
     micro_batches: int = 1  # of a part, whose gradients are summed one after the other
     ema: float = 0.9  # decay of the mean of what trains, 0 for none
     ema_every: int = 8  # updates
+    keep: float = 0.0  # weight of the divergence from the reference on kept prompts; see `_kept`
 
     def __post_init__(self):
         if min(self.updates, self.passes, self.micro_batches) < 1:
@@ -48,6 +49,10 @@ class Config:
     def rounds(self) -> int:
         """Updates a rollout."""
         return self.updates * self.passes
+
+    @property
+    def needs_reference(self) -> bool:
+        return bool(self.objective.kl or self.keep)
 
 
 @flax.struct.dataclass
@@ -78,7 +83,7 @@ def make_learn(
     rollout, whose program rounds differently. Metrics are float32 [rounds], one an update, but for
     the counts of the state. Raises InputError for settings that do not fit each other.
     """
-    if cfg.objective.kl and reference is None:
+    if cfg.needs_reference and reference is None:
         raise InputError("a divergence from the reference is weighed, and there is no reference")
     nft = isinstance(cfg.objective, Nft)
     if nft and sampling.guidance_scale > 1:
@@ -87,8 +92,10 @@ def make_learn(
     velocity = rollouts.guided(policy, sampling)
     # Called as the policy is, with the weights in training for nothing.
     fixed = rollouts.guided(lambda _, *inputs: reference(*inputs), sampling)
+    levels = steps.sigma[slice(*sampling.bounds)]
     loss = (_nft if nft else _grpo)(
-        cfg.objective, steps, velocity, fixed if cfg.objective.kl else None)
+        cfg.objective, levels if nft else steps, velocity, fixed if cfg.objective.kl else None)
+    kept = jax.grad(_kept(levels, velocity, fixed), has_aux=True)
     anchored = not nft and cfg.rounds > 1
 
     def items(part, key):
@@ -141,6 +148,9 @@ def make_learn(
             slope, figures = gradient(state.params, old, frozen, part, key,
                                       state.step % cfg.rounds == 0)
             figures = _reduced(figures, part["sample"]["mask"])
+            if cfg.keep:
+                away, figures["kept_kl"] = kept(state.params, frozen, batch["kept"], key)
+                slope = jax.tree.map(lambda s, a: s + cfg.keep * a, slope, away)
             figures["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
             state, more = advance(state, slope, figures["loss"], optimizer, ema=cfg.ema,
                                   ema_every=cfg.ema_every)
@@ -196,17 +206,35 @@ def _grpo(cfg, steps, velocity, reference):
     return loss
 
 
-def _nft(cfg, steps, velocity, reference):
-    levels = steps.sigma[:-1]  # those that sampling begins its steps at, but the last
+def _noisy(levels, x0, ids, key):
+    """x = (1 - sigma) x0 + sigma noise, and sigma [b], one of the levels."""
+    drawn, noise = jax.random.split(key)
+    index = jax.vmap(lambda i: jax.random.randint(
+        jax.random.fold_in(drawn, i), (), 0, len(levels)))(ids)
+    sigma = jnp.where(index[:, None] == jnp.arange(len(levels)), levels, 0).sum(-1)
+    s = sigma.reshape(-1, *[1] * (x0.ndim - 1))
+    return (1 - s) * x0 + s * rollouts.normal(noise, ids, x0.shape[1:]), sigma
 
+
+def _kept(levels, velocity, reference):
+    """How far the velocities of kept edits are from the reference's.
+
+    A stage that learns from captions alone forgets to edit; this holds it where it is not asked to
+    change. An edit's result is near its source, which stands in for it, so that none is sampled.
+    """
+    def divergence(params, frozen, kept, key):
+        x, sigma = _noisy(levels, kept["positive"]["reference"], kept["id"], key)
+        gap = transition.velocity_gap(velocity(params, frozen, kept, x, sigma),
+                                      _still(reference, frozen, kept, x, sigma)).mean()
+        return gap, gap
+
+    return divergence
+
+
+def _nft(cfg, levels, velocity, reference):
     def loss(params, old, frozen, sample, item):
-        drawn, noise = jax.random.split(item["key"])
         x0 = sample["latents"]
-        index = jax.vmap(lambda i: jax.random.randint(
-            jax.random.fold_in(drawn, i), (), 0, len(levels)))(sample["id"])
-        sigma = jnp.where(index[:, None] == jnp.arange(len(levels)), levels, 0).sum(-1)
-        s = sigma.reshape(-1, *[1] * (x0.ndim - 1))
-        x = (1 - s) * x0 + s * rollouts.normal(noise, sample["id"], x0.shape[1:])
+        x, sigma = _noisy(levels, x0, sample["id"], item["key"])
         v = velocity(params, frozen, sample, x, sigma)
         v_old = lax.stop_gradient(velocity(old, frozen, sample, x, sigma))
         v_reference = _still(reference, frozen, sample, x, sigma)

@@ -91,8 +91,12 @@ def open_prompts(config, here, mesh, ask) -> Prompts:
     side, tasks = recipe.picture_side(config), recipe.TASKS[config.rl.task]
     sources = {task: File(Path(config.rl.prompts), task, side) if config.rl.prompts
                else Blocks(task) for task in tasks}
+    kept = None
+    if config.rl.learn.keep:
+        file = config.rl.kept.prompts
+        kept = File(Path(file), "edit", side) if file else Blocks("edit")
     return Prompts(sources, here.collate, config.batch // config.rl.group, mesh, ask,
-                   recipe.copies(config, mesh))
+                   recipe.copies(config, mesh), kept, config.rl.kept.batch)
 
 
 def ask(config, mllm: Part, examples: Sequence[Example]) -> dict:

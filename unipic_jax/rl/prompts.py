@@ -101,6 +101,8 @@ class Prompts:
     mesh: jax.sharding.Mesh
     ask: Callable[[list[Example]], dict] | None = None  # what a judge is asked, as arrays
     copies: int = 1  # rows of each, one after the other
+    kept: Blocks | File | None = None  # edits besides, for `learn.Config.keep`
+    kept_count: int = 0
 
     def task(self, number: int) -> str:
         """That of a rollout."""
@@ -116,14 +118,24 @@ class Prompts:
         while True:
             task, drawn = self.task(start), self.of(seed, start)
             examples = [p.example for p in drawn]
-            blank = [dataclasses.replace(e, text="") for e in examples]
-            collate = self.collate[task]
-            whole = collate(examples) | {"negative": collate(blank)["prompt"]}
-            whole.pop("target", None)
+            whole = self._collated(task, examples)
             if self.ask and task == "edit":
                 whole["judge"] = self.ask(examples)
             if drawn[0].goal is not None:
                 whole["goal"] = jax.tree.map(lambda *a: np.stack(a), *(p.goal for p in drawn))
             whole = jax.tree.map(lambda a: np.repeat(a, self.copies, 0), whole)
-            yield task, feed.local_rows(self.mesh, whole, self.count * self.copies)
+            local = feed.local_rows(self.mesh, whole, self.count * self.copies)
+            if self.kept:
+                first = start * self.kept_count
+                kept = [self.kept[seed, first + i].example for i in range(self.kept_count)]
+                local["kept"] = feed.local_rows(self.mesh, self._collated("edit", kept),
+                                                self.kept_count)
+            yield task, local
             start += 1
+
+    def _collated(self, task: str, examples: list[Example]) -> Batch:
+        collate = self.collate[task]
+        blank = [dataclasses.replace(e, text="") for e in examples]
+        whole = collate(examples) | {"negative": collate(blank)["prompt"]}
+        whole.pop("target", None)
+        return whole

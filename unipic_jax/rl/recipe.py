@@ -61,6 +61,9 @@ def check(config, stage: Stage) -> None:
     odd = set(config.rl.reward) - set(known)
     if odd and not config.rl.server.url:
         raise InputError(f"rl.reward {sorted(odd)[0]!r}: choose from {', '.join(known)}")
+    if config.rl.learn.keep and config.rl.task != "generate":
+        raise InputError("rl.learn.keep holds edits while captions are learned from; "
+                         f"rl.task is {config.rl.task}")
     if JUDGE in config.rl.reward and not config.judge:
         raise InputError("the reward of a judge needs its folder: --config.judge=DIR")
     if config.rl.group < 2 or config.batch % config.rl.group:
@@ -111,7 +114,7 @@ def functions(
                                  autoencoder.unscale(vae, latents).astype(dtype))
         return jnp.clip(out.astype(jnp.float32) * 0.5 + 0.5, 0, 1)
 
-    def prepare(frozen, prompts):
+    def encode(frozen, prompts):
         found = {"positive": objectives.conditions(parts, frozen, prompts["prompt"], dtype=dtype)}
         if drawing.guidance_scale > 1:
             found["negative"] = objectives.conditions(parts, frozen, prompts["negative"],
@@ -121,15 +124,23 @@ def functions(
             mode = autoencoder.encode(vae, frozen["vae"], seen).mean.astype(jnp.float32)
             for condition in found.values():
                 condition["reference"] = autoencoder.scale(vae, mode)
+        return found
+
+    def numbered(batch):
+        first = jax.tree.leaves(batch)[0]
+        ids, rows = jnp.arange(len(first)), _rows(first)
+        return batch | {"id": ids if rows is None else jax.reshard(ids, rows)}
+
+    def prepare(frozen, prompts):
+        found = encode(frozen, prompts)
         found |= {name: prompts[name] for name in ("goal", "judge") if name in prompts}
         if "judge" in prompts:
             found["source"] = prompts["source"]
         rows = len(jax.tree.leaves(found)[0])  # more than groups, where there are copies
-        batch = jax.tree.map(lambda a: _groups(a, config.batch // rows), found)
-        first = jax.tree.leaves(batch)[0]
-        ids, rows = jnp.arange(len(first)), _rows(first)
-        batch["id"] = ids if rows is None else jax.reshard(ids, rows)
+        batch = numbered(jax.tree.map(lambda a: _groups(a, config.batch // rows), found))
         batch["group"] = batch["id"] // G
+        if "kept" in prompts:
+            batch["kept"] = numbered(encode(frozen, prompts["kept"]))
         return batch
 
     return Functions(
@@ -191,7 +202,7 @@ def picture_side(config) -> int:
 def frozen_reference(config, trained: Tree, frozen: Tree) -> Tree:
     """What is frozen with the reference that `make_step` needs: a copy of what trains, where that
     is not adapters."""
-    if config.lora.rank or not config.rl[config.rl.objective].kl:
+    if config.lora.rank or not learning(config).needs_reference:
         return frozen
     whole = {**trained["transformer"], **frozen.get("transformer", {})}
     copied = jax.tree.map(lambda a: a.astype(jnp.dtype(config.dtype)).copy(), whole)

@@ -44,9 +44,9 @@ def make_step(config, parts: recipe.Functions, prompts: Prompts, reward: HostRew
     Where no sample has a score nothing is learned, and the step counts as skipped.
     """
     rounds = recipe.learning(config).rounds
-    if config.rl.chunks < 1 or config.batch % config.rl.chunks:
-        raise InputError(f"a batch of {config.batch} does not divide into {config.rl.chunks} "
-                         "chunks")
+    for size in (config.batch, *[config.rl.kept.batch] * bool(config.rl.learn.keep)):
+        if config.rl.chunks < 1 or size % config.rl.chunks:
+            raise InputError(f"a batch of {size} does not divide into {config.rl.chunks} chunks")
 
     @jax.jit
     def prepare(frozen, arrays):
