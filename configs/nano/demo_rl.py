@@ -1,4 +1,4 @@
-"""A few minutes of Flow-GRPO on nano: the shipped model is reinforced on edits.
+"""A few minutes of reinforcement on nano: the shipped model learns to draw captions in five steps.
 
     unipic reinforce --config configs/nano/demo_rl.py --workdir DIR
 """
@@ -7,9 +7,8 @@ from unipic_jax.rl.config import nano
 
 
 def get_config():
-    config = nano("edit")
-    config.batch, config.steps = 128, 24
-    config.micro_batches = 2
-    config.rl.sampling.update({"window": 3, "place": "random"})  # of the 8 steps
-    config.samples.update({"every": 1000, "blocks": 8})
+    config = nano("generate")
+    config.batch, config.steps = 128, 30
+    config.micro_batches, config.rl.kept.batch = 2, 32
+    config.samples.every = 1000
     return config

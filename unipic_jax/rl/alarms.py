@@ -56,7 +56,7 @@ class Alarms:
             yield "diversity", (
                 f"the pictures of a group differ by {said['diversity']:.3f} where they differed by "
                 f"{begin:.3f}: the policy draws one and the same; lower the learning rate, or "
-                f"raise rl.grpo.kl")
+                f"weigh the divergence from the start (kl) more")
         if said.get("collapsed", 0) > MOST_COLLAPSED:
             yield "collapsed", (
                 f"all rewards are equal in {said['collapsed']:.0%} of the groups, from which "

@@ -50,13 +50,12 @@ def nano(task: str) -> ConfigDict:
     config.rl.task = task
     config.lora.rank = 0  # so few weights train whole
     edits = task != "generate"
-    config.steps, config.log_every = 100 if edits else 40, 1
+    config.steps, config.log_every = 100 if edits else 60, 1
     config.ema = 0.0  # of so few updates
     config.micro_batches = 4  # of 64 samples
     config.checkpoint.every = 20
     # What these were measured against is in docs/reproduction.md.
-    config.optimizer.update({"learning_rate": 1e-4 if edits else 5e-5, "warmup": 0.05,
-                             "cosine": True})
+    config.optimizer.update({"learning_rate": 1e-4, "warmup": 0.05, "cosine": True})
     config.rl.objective, config.rl.group = "nft", 8
     config.rl.nft.kl = 0.0
     config.rl.sampling.update({"steps": 5, "noise": 0.0, "window": 1})
