@@ -13,6 +13,7 @@ reinforce() { # STAGE MODEL [ARGUMENT ...]
 reinforce edit "$model" "$@"
 reinforce generate "$out/edit/model" "$@"
 
-printf '\n== before and after, on held-out scenes\n'
-unipic score --model "$model"
-unipic score --model "$out/generate/model"
+printf '\n== before and after, on held-out scenes, in the five steps without guidance that were learned in\n'
+for drawn in "$model" "$out/generate/model"; do
+    unipic score --model "$drawn" --steps 5 --guidance-scale 1
+done
