@@ -14,7 +14,6 @@ def make_config(model, task, **changes):
     config = configs.nano(task)
     config.model, config.batch, config.steps = str(model), 16, 4
     config.rl.objective, config.rl.group, config.micro_batches = "grpo", 2, 1
-    config.rl.reward = {"graded": 1.0}
     config.rl.grpo.kl = config.rl.learn.keep = 0.0
     config.rl.sampling.update({"steps": 3, "noise": 0.7, "window": 1, "place": "random",
                                "span": (0, 0)})

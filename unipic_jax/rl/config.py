@@ -61,7 +61,6 @@ def nano(task: str) -> ConfigDict:
     config.rl.sampling.update({"steps": 5, "noise": 0.0, "window": 1})
     if task == "edit":
         config.rl.sampling.span = (1, 4)  # levels where rollouts agree on the gradient
-        config.rl.reward.exact = 1.0
     config.rl.learn.keep = 2.0 if task == "generate" else 0.0
     # Scored as the policy samples.
     config.samples.update(dict(small.samples) | {"every": 50, "at_start": True, "steps": 5,
