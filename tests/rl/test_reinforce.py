@@ -88,6 +88,10 @@ def test_captions_are_learned_and_edits_kept(model, tmp_path):
     assert 0 < held[-1] < free[-1] / 2
     with pytest.raises(InputError, match="keep holds edits"):
         loop.reinforce(make_config(model, "edit", **{"rl.learn.keep": 1.0}), tmp_path / "edit")
+    config = make_config(model, "generate", **{
+        "rl.learn.keep": 1.0, "rl.prompts": "captions.jsonl", "rl.server.url": "http://localhost"})
+    with pytest.raises(InputError, match="needs edits to hold"):
+        loop.reinforce(config, tmp_path / "file")
 
 
 def test_fewer_prompts_than_devices(model, tmp_path, monkeypatch):

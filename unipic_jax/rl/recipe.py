@@ -64,6 +64,9 @@ def check(config, stage: Stage) -> None:
     if config.rl.learn.keep and config.rl.task != "generate":
         raise InputError("rl.learn.keep holds edits while captions are learned from; "
                          f"rl.task is {config.rl.task}")
+    if config.rl.learn.keep and config.rl.prompts and not config.rl.kept.prompts:
+        raise InputError("rl.learn.keep needs edits to hold beside the prompts of a file: "
+                         "--config.rl.kept.prompts=EDITS.jsonl")
     if JUDGE in config.rl.reward and not config.judge:
         raise InputError("the reward of a judge needs its folder: --config.judge=DIR")
     if config.rl.group < 2 or config.batch % config.rl.group:
