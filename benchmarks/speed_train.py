@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed_train [--turns 15] [--batch 64] [--json F]
 
-Each side runs in a process of its own that waits while the other works, on all cores, in float32:
-the loss, its gradient, the update. t2i: 36 image tokens; edit: 36 more of the reference; both
+Each side runs in a process of its own that waits while the other works, on all cores (for JAX, a
+device each, as `unipic train` has them), in float32: the loss, its gradient, the update. t2i: 36 image tokens; edit: 36 more of the reference; both
 with 48 of text. Times are of a step, after two that are not counted; the error is the relative
 distance of the losses of the second step, so that what is compared is the same computation.
 """
@@ -39,11 +39,15 @@ def jax_side(case: str, size: int):
     import jax
     import jax.numpy as jnp
     import optax
+    from jax.sharding import PartitionSpec as P
 
+    from unipic_jax.core import mesh as meshes
     from unipic_jax.models import mmdit
 
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    jax.set_mesh(meshes.make(data=-1, fsdp=1))
     cfg = mmdit.Config(**NANO)
-    x = {k: jnp.asarray(np.moveaxis(a, 1, -1) if a.ndim == 4 else a)
+    x = {k: jax.device_put(np.moveaxis(a, 1, -1) if a.ndim == 4 else a, P(meshes.BATCH))
          for k, a in batch(case, size).items()}
     optimizer = optax.adamw(RATE, **ADAMW)
 
@@ -56,7 +60,7 @@ def jax_side(case: str, size: int):
         return optax.apply_updates(params, updates), state, value
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    params = jax_weights(mmdit, cfg, jnp.float32)
+    params = jax.device_put(jax_weights(mmdit, cfg, jnp.float32), P())
     held = params, optimizer.init(params)
 
     def run() -> float:

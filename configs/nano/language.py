@@ -13,5 +13,5 @@ def get_config():
     config.trained = config.fresh = ("mllm",)
     config.data.text_tokens = 96  # four or five questions and their answers
     config.blank_answers = 0.5  # for MetaQuery, whose queries read a prompt at once
-    config.batch, config.steps = 16, 17000
+    config.batch, config.steps = 16, 10500
     return config

@@ -1,6 +1,8 @@
 """The layers every model is made of. Weights are cast to the type of the activations, gathered
 along `fsdp` where they are used, and normalizations are computed in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +25,27 @@ def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     kernel = quantize.dense(kernel, x.dtype)
     xs, ks = meshes.spec_of(x), meshes.spec_of(kernel)
     out = P(*xs[:-1], ks[1]) if xs is not None and xs[-1] is not None else None
+    return _product(x, kernel, out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, kernel, out):
     return jnp.einsum("...d,df->...f", x, kernel, out_sharding=out)
+
+
+def _product_forward(x, kernel, out):
+    return _product(x, kernel, out), (x, kernel)
+
+
+def _product_backward(out, kept, g):
+    """As JAX has it, but for the kernel's gradient: JAX makes its transpose, and a CPU then
+    transposes all of g for that."""
+    x, kernel = kept
+    return (jnp.einsum("...f,df->...d", g, kernel, out_sharding=meshes.spec_of(x)),
+            jnp.einsum("...d,...f->df", x, g, out_sharding=meshes.spec_of(kernel)))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def reshape(x: jax.Array, *shape: int) -> jax.Array:
@@ -31,6 +53,19 @@ def reshape(x: jax.Array, *shape: int) -> jax.Array:
     spec = meshes.spec_of(x)
     out = None if spec is None else P(spec[0], *[None] * (len(shape) - 1))
     return jnp.reshape(x, shape, out_sharding=out)
+
+
+def feed_forward(p: dict, x: jax.Array, act) -> jax.Array:
+    """down(act(up(x))), and where p has a gate down(act(gate(x)) * up(x)), of x [B, ..., D].
+
+    By rows [B ..., D], as a CPU takes products: what stands between two of them would be slow there
+    over other axes than theirs.
+    """
+    spec = meshes.spec_of(x)
+    y = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=spec and P(spec[0], spec[-1]))
+    up = linear(p["up"], y)
+    y = linear(p["down"], act(linear(p["gate"], y)) * up if "gate" in p else act(up))
+    return jnp.reshape(y, x.shape, out_sharding=spec)
 
 
 def embed(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:

@@ -63,8 +63,8 @@ def apply(cfg: Config, params: Tree, ids: jax.Array, dtype=jnp.float32):
         y = ops.layer_norm(x, p["norm1"], eps=cfg.layer_norm_eps)
         q, k, v = (ops.linear(p[n], y).reshape(B, S, cfg.num_attention_heads, -1) for n in "qkv")
         y = x + ops.linear(p["out"], attention(q, k, v, causal=True).reshape(B, S, -1))
-        z = act(ops.linear(p["up"], ops.layer_norm(y, p["norm2"], eps=cfg.layer_norm_eps)))
-        return (y + ops.linear(p["down"], z), x), None
+        z = ops.layer_norm(y, p["norm2"], eps=cfg.layer_norm_eps)
+        return (y + ops.feed_forward(p, z, act), x), None
 
     (x, penultimate), _ = ops.scan_layers(layer, (x, x), params["layers"])
     x = ops.layer_norm(x, params["norm"], eps=cfg.layer_norm_eps)

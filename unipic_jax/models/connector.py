@@ -72,8 +72,8 @@ def apply(cfg: Config, params: Tree, states: jax.Array, *, remat: str = "none"):
         q, k, v = (ops.linear(p[n], y).reshape(B, S, cfg.num_attention_heads, -1) for n in "qkv")
         y = checkpoint_name(attention(q, k, v).reshape(B, S, -1), "attention")
         x = x + ops.linear(p["out"], y)
-        y = ops.linear(p["up"], ops.layer_norm(x, p["norm2"], eps=cfg.layer_norm_eps))
-        return x + ops.linear(p["down"], jax.nn.gelu(y, approximate=True)), None
+        y = ops.layer_norm(x, p["norm2"], eps=cfg.layer_norm_eps)
+        return x + ops.feed_forward(p, y, jax.nn.gelu), None
 
     x, _ = ops.scan_layers(remats.remat(layer, remat), x, params["layers"])
     mean = jnp.mean(x.astype(jnp.float32), 1).astype(x.dtype)

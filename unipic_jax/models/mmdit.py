@@ -253,10 +253,6 @@ def _attend(q, k, v):
     return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")  # [B, T, D]
 
 
-def _feed_forward(p, x):
-    return ops.linear(p["down"], jax.nn.gelu(ops.linear(p["up"], x), approximate=True))
-
-
 @jax.named_scope("block")
 def _block(cfg, p, c, x, text):
     """One block: x [B, T, D] and text [B, S, D] attend to each other; dual blocks also let the
@@ -280,9 +276,9 @@ def _block(cfg, p, c, x, text):
         own = _attend(*_qkv(cfg, p["image2"], _modulate(x, shift2, scale2)))
         y += gate2 * ops.linear(p["image2"]["out"], own)
     x = x + y
-    x = x + gate_ff * _feed_forward(p["image"], _modulate(x, shift_ff, scale_ff))
+    x = x + gate_ff * ops.feed_forward(p["image"], _modulate(x, shift_ff, scale_ff), jax.nn.gelu)
     if not last:
         text = text + text_gate * ops.linear(p["text"]["out"], joint[:, T:])
-        text = text + text_gate_ff * _feed_forward(
-            p["text"], _modulate(text, text_shift_ff, text_scale_ff))
+        text = text + text_gate_ff * ops.feed_forward(
+            p["text"], _modulate(text, text_shift_ff, text_scale_ff), jax.nn.gelu)
     return x, text

@@ -70,8 +70,7 @@ def apply(cfg: Config, params: Tree, ids: jax.Array, dtype=jnp.float32) -> jax.A
         y = attention(q, k, v, bias=bias, scale=1.0)  # T5 keeps the scale in its weights
         x = x + ops.linear(p["out"], y.reshape(B, S, -1))
         y = ops.rms_norm(x, p["norm2"], eps=eps)
-        y = jax.nn.gelu(ops.linear(p["gate"], y), approximate=True) * ops.linear(p["up"], y)
-        return x + ops.linear(p["down"], y), None
+        return x + ops.feed_forward(p, y, jax.nn.gelu), None
 
     x, _ = ops.scan_layers(layer, x, params["layers"])
     return ops.rms_norm(x, params["norm"], eps=eps)

@@ -68,8 +68,7 @@ def apply(
         y = checkpoint_name(attention(q, k, v, **allowed).reshape(B, S, -1), "attention")
         x = x + ops.linear(p["out"], y)
         y = ops.rms_norm(x, p["norm2"], eps=cfg.rms_norm_eps)
-        y = jax.nn.silu(ops.linear(p["gate"], y)) * ops.linear(p["up"], y)
-        return (x + ops.linear(p["down"], y), kv), None
+        return (x + ops.feed_forward(p, y, jax.nn.silu), kv), None
 
     layer = remats.remat(layer, remat)
     numbered = params["layers"], jnp.arange(cfg.num_hidden_layers)

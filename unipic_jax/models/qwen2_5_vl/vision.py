@@ -116,8 +116,7 @@ def apply(cfg: VisionConfig, params: Tree, pictures: Pictures, dtype=jnp.float32
                      q, k, v, pictures.segments)
         x = x + ops.linear(p["out"], y.reshape(B, W, M, -1))
         y = ops.rms_norm(x, p["norm2"], eps=EPS)
-        y = jax.nn.silu(ops.linear(p["gate"], y)) * ops.linear(p["up"], y)
-        return x + ops.linear(p["down"], y), None
+        return x + ops.feed_forward(p, y, jax.nn.silu), None
 
     x, _ = ops.scan_layers(block, x, (params["blocks"], full))
     p, unit = params["merger"], cfg.spatial_merge_size**2
