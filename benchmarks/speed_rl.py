@@ -3,7 +3,8 @@
     python -m benchmarks.speed_rl [--turns 5] [--batch 64] [--json F]
 
 The nano transformer as a policy with adapters of rank 32 on text to image, groups of 16, 10 steps,
-float32, all cores; each side in a process of its own that waits while the other works. PyTorch:
+float32, all cores (for JAX, a device each); each side in a process of its own that waits while the
+other works. PyTorch:
 diffusers' transformer, PEFT's adapters, sampling step by step, then a forward and a backward a
 step. Three parts of a whole step are timed: the rollout, the update, and both with the advantages
 between. "full" trains nine steps with a divergence from the reference, "window" two without.
@@ -49,18 +50,22 @@ def jax_side(recipe: str, size: int, part: str):
     import jax
     import jax.numpy as jnp
     import optax
+    from jax.sharding import PartitionSpec as P
 
     from unipic_jax.core import lora, params
+    from unipic_jax.core import mesh as meshes
     from unipic_jax.models import mmdit
     from unipic_jax.rl import learn, rollout
     from unipic_jax.rl import step as steps
     from unipic_jax.rl.objective import Grpo
 
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    jax.set_mesh(meshes.make(data=-1, fsdp=1))
     window, kl = RECIPES[recipe]
     cfg = mmdit.Config(**NANO)
-    base = jax_weights(mmdit, cfg, jnp.float32)
-    adapters = params.init(lora.specs(mmdit.specs(cfg), mmdit.LORA_TARGETS, RANK),
-                           jax.random.key(0))
+    base = jax.device_put(jax_weights(mmdit, cfg, jnp.float32), P())
+    adapters = jax.device_put(params.init(
+        lora.specs(mmdit.specs(cfg), mmdit.LORA_TARGETS, RANK), jax.random.key(0)), P())
 
     def reference(frozen, condition, x, sigma):
         timestep = jnp.broadcast_to(sigma * 1000, x.shape[:1])
@@ -69,8 +74,8 @@ def jax_side(recipe: str, size: int, part: str):
     def policy(trained, frozen, condition, x, sigma):
         return reference(lora.join(frozen, trained, ALPHA / RANK), condition, x, sigma)
 
-    x = {k: jnp.asarray(a) for k, a in inputs(size).items()}
-    ids = jnp.arange(size)
+    ids, valid = np.arange(size), np.ones(size, bool)
+    x, ids, valid = jax.device_put((inputs(size), ids, valid), P(meshes.BATCH))
     batch = {"positive": {k: x[k] for k in ("context", "pooled")}, "id": ids, "group": ids // GROUP}
     how = learn.Config(dataclasses.replace(Grpo(), kl=kl), ema=0.0)
     drawing = rollout.Config(steps=STEPS, noise=NOISE, window=window)
@@ -79,7 +84,6 @@ def jax_side(recipe: str, size: int, part: str):
     update = jax.jit(steps.make_update(how, drawing, sigmas, policy, reference, optimizer,
                                        optax.constant_schedule(RATE)))
     state, key = learn.new(how, adapters, optimizer), jax.random.key(1)
-    valid = jnp.ones(size, bool)
     drawn = jax.block_until_ready(sample(state, base, batch, key))
 
     def run() -> float:

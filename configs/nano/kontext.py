@@ -11,5 +11,5 @@ def get_config():
     # The report freezes the text encoders; those of nano have read captions alone so far, and
     # have yet to learn what an instruction is.
     config.trained = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-    config.batch, config.steps = 32, 3600
+    config.batch, config.steps = 32, 4000
     return config

@@ -10,5 +10,5 @@ from unipic_jax.train.config import nano
 def get_config():
     config = nano(generate=1.0, edit=2.0)  # the conditioner has seen captions alone so far
     config.trained = ("conditioner", "transformer")
-    config.batch, config.steps = 32, 1500
+    config.batch, config.steps = 32, 2000
     return config

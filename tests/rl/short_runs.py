@@ -14,7 +14,7 @@ def make_config(model, task, **changes):
     config = configs.nano(task)
     config.model, config.batch, config.steps = str(model), 16, 4
     config.rl.objective, config.rl.group, config.micro_batches = "grpo", 2, 1
-    config.rl.grpo.kl = config.rl.learn.keep = 0.0
+    config.rl.grpo.kl, config.rl.learn.keep, config.rl.learn.passes = 0.0, 0.0, 1
     config.rl.sampling.update({"steps": 3, "noise": 0.7, "window": 1, "place": "random",
                                "span": (0, 0)})
     config.mesh = {"data": 2, "fsdp": 4, "tensor": 1}

@@ -49,8 +49,7 @@ def nano(task: str) -> ConfigDict:
     config.model = "nano"
     config.rl.task = task
     config.lora.rank = 0  # so few weights train whole
-    edits = task != "generate"
-    config.steps, config.log_every = 100 if edits else 60, 1
+    config.steps, config.log_every = 60 if task == "generate" else 70, 1
     config.ema = 0.0  # of so few updates
     config.micro_batches = 4  # of 64 samples
     config.checkpoint.every = 20
@@ -60,7 +59,7 @@ def nano(task: str) -> ConfigDict:
     config.rl.nft.kl = 0.0
     config.rl.sampling.update({"steps": 5, "noise": 0.0, "window": 1})
     if task == "edit":
-        config.rl.sampling.span = (1, 4)  # levels where rollouts agree on the gradient
+        config.rl.sampling.span, config.rl.learn.passes = (1, 3), 2
     config.rl.learn.keep = 2.0 if task == "generate" else 0.0
     # Scored as the policy samples.
     config.samples.update(dict(small.samples) | {"every": 50, "at_start": True, "steps": 5,
