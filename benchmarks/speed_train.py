@@ -3,7 +3,7 @@
     python -m benchmarks.speed_train [--turns 15] [--batch 64] [--json F]
 
 Each side runs in a process of its own that waits while the other works, on all cores (for JAX, a
-device each, as `unipic train` has them), in float32: the loss, its gradient, the update. t2i: 36
+device each), in float32: the loss, its gradient, the update. t2i: 36
 image tokens; edit: 36 more of the reference; both with 48 of text. Times are of a step, after two
 that are not counted; the error is the relative distance of the losses of the second step, so that
 what is compared is the same computation.

@@ -5,7 +5,8 @@ set -euo pipefail
 out=${1:-runs/nano}
 shift || true
 mkdir -p "$out"
-here=$(dirname "$0")
+
+source "$(dirname "$0")/cpu.sh"
 
 train() { # STAGE [ARGUMENT ...]
     printf '\n== %s\n' "$1"
@@ -20,19 +21,17 @@ on() { # CORES COMMAND ...
     if [ "$half" -gt 0 ] && command -v taskset >/dev/null; then taskset -c "$1" "${@:2}"; else "${@:2}"; fi
 }
 words() {
-    source "$here/cpu.sh"
     train language "$@"
     until [ -d "$out/base/model" ]; do sleep 5; done
     train align "$@" --config.model="$out/base/model" --config.mllm="$out/language/model"
 }
 pictures() {
-    source "$here/cpu.sh"
     train autoencoder "$@"
     train base "$@" --config.model="$out/autoencoder/model"
     train kontext "$@" --config.model="$out/base/model"
 }
 export -f train words pictures
-export out here
+export out
 set -m # a group of its own, to be stopped whole
 on "0-$((half - 1))" bash -euc 'words "$@"' words "$@" >"$out/words.log" 2>&1 &
 set +m
@@ -42,7 +41,6 @@ on "$half-$(($(nproc) - 1))" bash -euc 'pictures "$@"' pictures "$@"
 wait $! || { tail -n 5 "$out/words.log" >&2; exit 1; }
 trap - EXIT
 
-source "$here/cpu.sh"
 train unified "$@" --config.model="$out/kontext/model" --config.mllm="$out/language/model" \
     --config.conditioner="$out/align/model/conditioner"
 
