@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 TOPOLOGIES = {"v5e": "v5e:16x16", "v5p": "v5p:4x4x4", "v6e": "v6e:16x16"}
 STAGES = ("kontext", "align", "unified", "pdtr_edit_512", "pdtr_t2i_512")
 TASKS = {"align": "generate", "pdtr_t2i_512": "generate"}  # the others edit
+GUIDED = "pdtr_edit_512_guided"  # with guidance while it samples and trains, on 64 chips
 PLANS = [(stage, pixels, generation) for pixels in (512, 1024) for stage in STAGES
-         for generation in TOPOLOGIES]
+         for generation in TOPOLOGIES] + [(GUIDED, 512, "v5p"), (GUIDED, 512, "v6e")]
 
 
 def main() -> None:
@@ -54,14 +55,18 @@ def name(stage, pixels, generation, between="-"):
 
 def command(release: Path, file: Path, stage: str, pixels: int, generation: str) -> list[str]:
     """That of a plan."""
-    fields = {"model": release / "kontext"}
+    fields, topology = {"model": release / "kontext"}, TOPOLOGIES[generation]
+    if stage == GUIDED:
+        stage = stage.removesuffix("_guided")
+        fields |= {"rl.sampling.guidance_scale": 3.5}
+        topology = {"v5p": topology, "v6e": "v6e:8x8"}[generation]
     if stage in ("align", "unified"):
         fields |= {"mllm": release / "metaquery/qwen2_5_vl",
                    "conditioner": release / "metaquery/conditioner"}
     if stage == "pdtr_edit_512":
         fields["judge"] = release / "edit_judge"
     return [sys.executable, "-m", "unipic_jax", "plan", "--config",
-            f"configs/pods.py:{stage},{pixels},{generation}", "--topology", TOPOLOGIES[generation],
+            f"configs/pods.py:{stage},{pixels},{generation}", "--topology", topology,
             "--task", TASKS.get(stage, "edit"), "--json", str(file),
             *(f"--config.{field}={value}" for field, value in fields.items())]
 
@@ -77,7 +82,8 @@ def table(folder: Path) -> str:
 
 
 def row(stage, pixels, generation, plan):
-    start = f"| {stage.removesuffix('_512')} | {pixels} | {plan['topology']} | {plan['batch']} | "
+    label = stage.replace("_512", "").replace("_", " ")
+    start = f"| {label} | {pixels} | {plan['topology']} | {plan['batch']} | "
     memory = ""
     if "peak" in plan:
         memory = f"{plan['peak'] / 2**30:.1f} of {plan['capacity'] / 2**30:.0f}"

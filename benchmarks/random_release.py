@@ -129,17 +129,25 @@ def without_weights(root: Path) -> Path:
     for name, raw in (configs("full", "bfloat16") | {"conditioner": CONDITIONER}).items():
         folder = root / ("kontext" if (root / "kontext" / name).is_dir() else "metaquery") / name
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        if name == "qwen2_5_vl":  # the tokenizer's numbers
-            own = json.loads((folder / file).read_text())
-            raw |= {key: id for key, id in own.items() if key.endswith("_token_id")}
         (folder / file).write_text(json.dumps(raw))
-    file = root / "metaquery/qwen2_5_vl/preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {
-        "patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}))
+    reads(root / "metaquery/qwen2_5_vl")
     # A judge is Qwen2.5-VL with a head beside it.
     shutil.copytree(root / "metaquery/qwen2_5_vl", root / "edit_judge")
     shutil.copytree(JUDGE, root / "edit_judge/judge")
     return root
+
+
+def reads(folder: Path) -> None:
+    """Give a language model's folder the nano family's tokenizer, and the released picture
+    processor's sizes."""
+    nano = NANO / "metaquery/qwen2_5_vl"
+    shutil.copytree(nano, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
+        "*.safetensors", "*.index.json", "config.json"))
+    ids = {k: v for k, v in json.loads((nano / "config.json").read_text()).items()
+           if k.endswith("_token_id")}
+    for file, change in (("config.json", ids), ("preprocessor_config.json", {
+            "patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056})):
+        _json(folder / file, json.loads((folder / file).read_text()) | change)
 
 
 def write(target: Path, size: str = "tiny", parts=PARTS, dtype: str = "bfloat16", seed: int = 0,

@@ -113,7 +113,7 @@ def torch_side(case: str, dtype: str):
     import torch
     from diffusers import AutoencoderKL
 
-    from benchmarks.reference import KontextTransformer
+    from benchmarks import reference
 
     torch.set_grad_enabled(False)
     torch.set_num_threads(os.cpu_count())
@@ -130,7 +130,7 @@ def torch_side(case: str, dtype: str):
 
     if case == "transformer":
         with torch.device("cpu"):
-            model = filled(KontextTransformer(**TRANSFORMER, qk_norm="rms_norm"))
+            model = filled(reference.KontextTransformer(**TRANSFORMER, qk_norm="rms_norm"))
         x = {k: torch.from_numpy(v).to(kind) for k, v in transformer_inputs().items()}
         return lambda: model(x["latents"], x["context"], x["pooled"], x["timestep"],
                              ref_hidden_states=x["reference"]).sample.float().numpy()
@@ -141,61 +141,11 @@ def torch_side(case: str, dtype: str):
             down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n))
         z = torch.from_numpy(np.moveaxis(normal(0, 1, 64, 64, 16), -1, 1).copy()).to(kind)
         return lambda: model.decode(z).sample.float().numpy()
-    return torch_edit(kind)
-
-
-def torch_edit(kind):
-    """A guided edit with diffusers' and transformers' parts, as the public pipeline does it."""
-    import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    from transformers import (
-        AutoTokenizer,
-        CLIPTextModelWithProjection,
-        PreTrainedTokenizerFast,
-        T5EncoderModel,
-    )
-
-    from benchmarks import reference
     from unipic_jax.pipelines.edit import NEGATIVE_PROMPT
-
-    transformer = reference.load(MODEL / "transformer", kind)
-    vae = AutoencoderKL.from_pretrained(MODEL / "vae").to(kind)
-    clips = [CLIPTextModelWithProjection.from_pretrained(MODEL / n).to(kind)
-             for n in ("text_encoder", "text_encoder_2")]
-    t5 = T5EncoderModel.from_pretrained(MODEL / "text_encoder_3").to(kind)
-    tokenizers = [AutoTokenizer.from_pretrained(MODEL / n) for n in ("tokenizer", "tokenizer_2")]
-    tokenizer_3 = PreTrainedTokenizerFast.from_pretrained(MODEL / "tokenizer_3")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
-    noise = torch.from_numpy(normal(0, 1, 16, 12, 16))
-
-    def ids(tokenizer, prompts, length):
-        return tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
-                         return_tensors="pt").input_ids
-
-    def edit():
-        prompts = [NEGATIVE_PROMPT, "make it green"]
-        outs = [m(ids(t, prompts, 77), output_hidden_states=True)
-                for m, t in zip(clips, tokenizers)]
-        text = t5(ids(tokenizer_3, prompts, 256)).last_hidden_state
-        clip = torch.cat([o.hidden_states[-2] for o in outs], -1)
-        clip = torch.nn.functional.pad(clip, (0, text.shape[-1] - clip.shape[-1]))
-        context = torch.cat([clip, text], 1)
-        pooled = torch.cat([o.text_embeds for o in outs], -1)
-        picture = np.asarray(Image.open(SOURCE).convert("RGB").resize((128, 96)), np.float32)
-        picture = torch.from_numpy(picture / 255 * 2 - 1).permute(2, 0, 1)[None].to(kind)
-        c = vae.config
-        ref = (vae.encode(picture).latent_dist.mode() - c.shift_factor) * c.scaling_factor
-        x = noise.to(kind)
-        scheduler.set_timesteps(STEPS)
-        for t in scheduler.timesteps:
-            v = transformer(torch.cat([x, x]), context, pooled, t.expand(2),
-                            ref_hidden_states=torch.cat([ref, ref]), return_dict=False)[0]
-            n, p = v.chunk(2)
-            x = scheduler.step(n + 3.5 * (p - n), t, x, return_dict=False)[0]
-        out = vae.decode(x / c.scaling_factor + c.shift_factor).sample
-        return (out * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).numpy()
-
-    return edit
+    draw = reference.pipeline(MODEL, kind)
+    source = Image.open(SOURCE).convert("RGB").resize((128, 96))
+    source = np.asarray(source, np.float32) / 255
+    return lambda: draw("make it green", normal(0, 1, 16, 12, 16), STEPS, source, NEGATIVE_PROMPT)
 
 
 def compare(case: str, dtype: str, turns: int) -> dict:

@@ -14,16 +14,16 @@ so do their trajectories; that the computation is the same is what the tests' go
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.speed import jax_weights, normal, value
-from benchmarks.speed_train import NANO, SIDE, TEXT
+from benchmarks import nets
+from benchmarks.speed import normal
 from benchmarks.turns import alternate
 
 RANK, ALPHA, RATE, STEPS, NOISE, GROUP = 32, 64.0, 3e-4, 10, 0.7, 16
@@ -39,13 +39,12 @@ def levels() -> np.ndarray:
     return np.append(3 * t / (1 + 2 * t), 0.0)
 
 
-def inputs(size: int) -> dict[str, np.ndarray]:
-    """Conditions of each sample, the noise of each step, and rewards."""
-    return {"context": normal(2, size, TEXT, 128), "pooled": normal(3, size, 128),
-            "reward": normal(4, size)}
+def inputs(net: nets.Net, size: int) -> dict[str, np.ndarray]:
+    """Conditions of each sample, and rewards."""
+    return net.condition(size) | {"reward": normal(4, size)}
 
 
-def jax_side(recipe: str, size: int, part: str):
+def jax_side(recipe: str, size: int, part: str, net: nets.Net = nets.NANO):
     """A function that does a part of a step and returns the gradient's norm, or 0."""
     import jax
     import jax.numpy as jnp
@@ -59,28 +58,26 @@ def jax_side(recipe: str, size: int, part: str):
     from unipic_jax.rl import step as steps
     from unipic_jax.rl.objective import Grpo
 
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    jax.set_mesh(meshes.make(data=-1, fsdp=1))
     window, kl = RECIPES[recipe]
-    cfg = mmdit.Config(**NANO)
-    base = jax.device_put(jax_weights(mmdit, cfg, jnp.float32), P())
+    cfg, base, velocity = nets.in_jax(net, net.dtype)
     adapters = jax.device_put(params.init(
         lora.specs(mmdit.specs(cfg), mmdit.LORA_TARGETS, RANK), jax.random.key(0)), P())
 
     def reference(frozen, condition, x, sigma):
         timestep = jnp.broadcast_to(sigma * 1000, x.shape[:1])
-        return mmdit.apply(cfg, frozen, x, timestep, **condition)
+        return velocity(frozen, x, timestep, **condition)
 
     def policy(trained, frozen, condition, x, sigma):
         return reference(lora.join(frozen, trained, ALPHA / RANK), condition, x, sigma)
 
     ids, valid = np.arange(size), np.ones(size, bool)
-    x, ids, valid = jax.device_put((inputs(size), ids, valid), P(meshes.BATCH))
+    x, ids, valid = jax.device_put((inputs(net, size), ids, valid), P(meshes.BATCH))
     batch = {"positive": {k: x[k] for k in ("context", "pooled")}, "id": ids, "group": ids // GROUP}
     how = learn.Config(dataclasses.replace(Grpo(), kl=kl), ema=0.0)
     drawing = rollout.Config(steps=STEPS, noise=NOISE, window=window)
     sigmas, optimizer = levels(), optax.adamw(RATE)
-    sample = jax.jit(steps.make_rollout(how, drawing, sigmas, policy, (SIDE, SIDE, 4)))
+    shape = net.side, net.side, cfg.in_channels
+    sample = jax.jit(steps.make_rollout(how, drawing, sigmas, policy, shape))
     update = jax.jit(steps.make_update(how, drawing, sigmas, policy, reference, optimizer,
                                        optax.constant_schedule(RATE)))
     state, key = learn.new(how, adapters, optimizer), jax.random.key(1)
@@ -97,31 +94,27 @@ def jax_side(recipe: str, size: int, part: str):
     return run
 
 
-def torch_side(recipe: str, size: int, part: str):
+def torch_side(recipe: str, size: int, part: str, net: nets.Net = nets.NANO):
     """The same in PyTorch."""
     import torch
     from peft import LoraConfig
 
-    from benchmarks.reference import KontextTransformer
-
-    torch.set_num_threads(os.cpu_count())
     window, kl = RECIPES[recipe]
-    model = KontextTransformer(**NANO, qk_norm="rms_norm")
-    with torch.no_grad():
-        for name, p in model.state_dict().items():
-            p.copy_(torch.from_numpy(value(name, tuple(p.shape)).astype(np.float32)))
+    model, device, under = nets.in_torch(net, net.dtype)
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian",
                                  target_modules=list(TARGETS)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, RATE)
-    x = {k: torch.from_numpy(a) for k, a in inputs(size).items()}
+    x = {k: torch.from_numpy(a).to(device) for k, a in inputs(net, size).items()}
     sigma = levels()
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator(device).manual_seed(0)
+    noise = functools.partial(torch.randn, generator=rng, device=device)
 
     def velocity(latents, i):
-        timestep = torch.full((size,), float(sigma[i] * 1000))
-        return model(latents, x["context"], x["pooled"], timestep).sample
+        timestep = torch.full((size,), float(sigma[i] * 1000), device=device)
+        with under:
+            return model(latents, x["context"], x["pooled"], timestep).sample.float()
 
     def step(latents, v, i, following=None):
         """Where a stochastic step leads, its mean and log-probability (Flow-GRPO's code)."""
@@ -130,14 +123,14 @@ def torch_side(recipe: str, size: int, part: str):
         mean = latents * (1 + std**2 / (2 * s) * dt) + v * (1 + std**2 * (1 - s) / (2 * s)) * dt
         spread = std * math.sqrt(-dt)
         if following is None:
-            following = mean + spread * torch.randn(latents.shape, generator=rng)
+            following = mean + spread * noise(latents.shape)
         log_prob = (-((following - mean) ** 2) / (2 * spread**2) - math.log(spread)
                     - math.log(math.sqrt(2 * math.pi)))
         return following, mean, log_prob.mean((1, 2, 3)), spread
 
     @torch.no_grad()
     def sample():
-        latents = torch.randn((size, 4, SIDE, SIDE), generator=rng)
+        latents = noise((size, model.config.in_channels, net.side, net.side))
         kept, log_probs = [latents], []
         for i in range(STEPS):
             v = velocity(latents, i)

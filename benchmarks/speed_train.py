@@ -11,31 +11,26 @@ what is compared is the same computation.
 
 import argparse
 import json
-import os
 import statistics
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.speed import jax_weights, normal, value
+from benchmarks import nets
 from benchmarks.turns import alternate
 
-NANO = dict(
-    num_layers=4, attention_head_dim=64, num_attention_heads=2, in_channels=4, out_channels=4,
-    patch_size=2, joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128,
-    pos_embed_max_size=8, dual_attention_layers=(0, 1), sample_size=16)
 ADAMW = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2)
-RATE, SIDE, TEXT = 1e-3, 12, 48
+RATE = 1e-3
 
 
-def batch(case: str, size: int) -> dict[str, np.ndarray]:
+def batch(net: nets.Net, case: str, size: int) -> dict[str, np.ndarray]:
     """Latents and reference [B, C, h, w], as PyTorch has them."""
-    x = {"latents": normal(0, size, 4, SIDE, SIDE), "context": normal(2, size, TEXT, 128),
-         "pooled": normal(3, size, 128), "timestep": np.linspace(1, 999, size, dtype=np.float32)}
-    return x | {"reference": normal(1, size, 4, SIDE, SIDE)} if case == "edit" else x
+    x = net.condition(size) | {"latents": net.latents(0, size),
+                               "timestep": np.linspace(1, 999, size, dtype=np.float32)}
+    return x | {"reference": net.latents(1, size)} if case == "edit" else x
 
 
-def jax_side(case: str, size: int):
+def jax_side(case: str, size: int, net: nets.Net = nets.NANO):
     """A function that takes a step and returns its loss."""
     import jax
     import jax.numpy as jnp
@@ -43,17 +38,14 @@ def jax_side(case: str, size: int):
     from jax.sharding import PartitionSpec as P
 
     from unipic_jax.core import mesh as meshes
-    from unipic_jax.models import mmdit
 
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    jax.set_mesh(meshes.make(data=-1, fsdp=1))
-    cfg = mmdit.Config(**NANO)
+    _, params, velocity = nets.in_jax(net, "float32")
     x = {k: jax.device_put(np.moveaxis(a, 1, -1) if a.ndim == 4 else a, P(meshes.BATCH))
-         for k, a in batch(case, size).items()}
+         for k, a in batch(net, case, size).items()}
     optimizer = optax.adamw(RATE, **ADAMW)
 
     def loss(params, x):
-        return jnp.mean((mmdit.apply(cfg, params, **x) - x["latents"]) ** 2)
+        return jnp.mean((velocity(params, **x).astype(jnp.float32) - x["latents"]) ** 2)
 
     def step(params, state, x):
         value, gradient = jax.value_and_grad(loss)(params, x)
@@ -61,7 +53,6 @@ def jax_side(case: str, size: int):
         return optax.apply_updates(params, updates), state, value
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    params = jax.device_put(jax_weights(mmdit, cfg, jnp.float32), P())
     held = params, optimizer.init(params)
 
     def run() -> float:
@@ -72,25 +63,20 @@ def jax_side(case: str, size: int):
     return run
 
 
-def torch_side(case: str, size: int):
+def torch_side(case: str, size: int, net: nets.Net = nets.NANO):
     """The same in PyTorch, with diffusers' transformer."""
     import torch
 
-    from benchmarks.reference import KontextTransformer
-
-    torch.set_num_threads(os.cpu_count())
-    model = KontextTransformer(**NANO, qk_norm="rms_norm")
-    with torch.no_grad():
-        for name, p in model.state_dict().items():
-            p.copy_(torch.from_numpy(value(name, tuple(p.shape)).astype(np.float32)))
-    x = {k: torch.from_numpy(a) for k, a in batch(case, size).items()}
+    model, device, under = nets.in_torch(net, "float32")
+    x = {k: torch.from_numpy(a).to(device) for k, a in batch(net, case, size).items()}
     optimizer = torch.optim.AdamW(
         model.parameters(), RATE, (ADAMW["b1"], ADAMW["b2"]), ADAMW["eps"], ADAMW["weight_decay"])
 
     def run() -> float:
-        out = model(x["latents"], x["context"], x["pooled"], x["timestep"],
-                    ref_hidden_states=x.get("reference")).sample
-        loss = ((out - x["latents"]) ** 2).mean()
+        with under:
+            out = model(x["latents"], x["context"], x["pooled"], x["timestep"],
+                        ref_hidden_states=x.get("reference")).sample
+        loss = ((out.float() - x["latents"]) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -16,10 +16,11 @@ def alternate(
     A side is a module's function of `args` that returns the function to time.
     """
     context = multiprocessing.get_context("spawn")
-    pipes, results = {}, {}
+    pipes, processes, results = {}, [], {}
     for name, prepare in sides.items():
         pipes[name], other = context.Pipe()
-        context.Process(target=_serve, args=(prepare, args, other), daemon=True).start()
+        processes.append(context.Process(target=_serve, args=(prepare, args, other), daemon=True))
+        processes[-1].start()
         other.close()  # so that a process that fails is the end, not a wait
         results[name] = pipes[name].recv()
     seconds = {name: [] for name in pipes}
@@ -27,8 +28,9 @@ def alternate(
         for name, pipe in pipes.items():
             pipe.send(True)
             seconds[name].append(pipe.recv())
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
+        process.join()  # its memory goes with it
     return results, seconds
 
 

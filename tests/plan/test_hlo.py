@@ -43,6 +43,12 @@ TEXT = """HloModule m
 replica_groups=[2,4]<=[8]
   %all = f32[32,128]{1,0:T(8,128)} all-gather-done(%start)
   %near = f32[32,128]{1,0:T(8,128)S(1)} copy(%all)
+  %part = ((f32[32,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) \
+slice-start(%all), slice={[8:16], [0:128]}
+  %fetched = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%part)
+  %back = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) \
+copy-start(%fetched)
+  %far = f32[8,128]{1,0:T(8,128)} copy-done(%back)
   ROOT %next = (s32[]{:T(128)}, f32[6,8,128]{2,1,0:T(8,128)}) tuple(%j, %stack)
 }
 
@@ -71,8 +77,9 @@ def test_slices_and_near_memory_in_the_traffic():
     layer, gathered, stack = 8 * 128 * 4, 32 * 128 * 4, 6 * 8 * 128 * 4
     index = 4
     each = layer + layer + index  # the slice that is read, what is written, and where it is
-    each += layer + layer + gathered  # the gather's operand, and its two results
+    each += layer + gathered  # the gather's operand, and what it makes
     each += gathered  # read by the copy, which writes to a memory that is near
+    each += layer + layer  # a slice fetched from far, and written back to there
     reduced = 100 * 2 + 10 * 4 + 2 * 8 * 4
     assert hlo.traffic(TEXT) == 6 * each + (stack + 8 * 4) + reduced
 

@@ -48,19 +48,28 @@ def remote(model, url, task="edit", **changes):
         "rl.server.batch": 3, "rl.chunks": 2, "rl.reward": {"bright": 1.0}} | changes)
 
 
-def test_it_learns_what_it_does_with_the_traced_reward(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(recipe.REWARDS["edit"], "graded", brightness)
-    changes = {"steps": 2, "optimizer.learning_rate": 1e-3}  # Adam makes more of what is rounded
-    traced = make_config(model, "edit", **changes)
+KEEPING = {"rl.objective": "nft", "rl.sampling.noise": 0.0, "rl.learn.keep": 10.0,
+           "rl.kept.batch": 8}
+
+
+@pytest.mark.parametrize(("task", "changes", "told"), [
+    ("edit", {}, {"source", "target"}), ("generate", KEEPING, {"shape", "relation"})])
+def test_it_learns_what_it_does_with_the_traced_reward(
+        model, tmp_path, monkeypatch, task, changes, told):
+    monkeypatch.setitem(recipe.REWARDS[task], "graded", brightness)
+    changes |= {"steps": 2, "optimizer.learning_rate": 1e-3}  # Adam makes more of what is rounded
+    traced = make_config(model, task, **changes)
     assert loop.reinforce(traced, tmp_path / "traced", progress=False)
     shuffled = answers(lambda a: a | {"samples": a["samples"][::-1]})  # answers out of order
     with Fake(shuffled) as fake:
-        assert loop.reinforce(remote(model, fake.url, **changes), tmp_path / "host", progress=False)
+        config = remote(model, fake.url, task, **changes)
+        assert loop.reinforce(config, tmp_path / "host", progress=False)
         asked = [s for body in fake.bodies("/score") for s in body["samples"]]
     assert len(asked) == 2 * 16
-    assert all(s["prompt"] and s["reference"] for s in asked)
-    assert {"source", "target"} <= set(asked[0]["metadata"])  # the goal of blocks
-    for name in ("reward", "grad_norm"):  # the second ones are those after an update
+    assert all(s["prompt"] and bool(s.get("reference")) == (task == "edit") for s in asked)
+    assert told <= set(asked[0]["metadata"])  # the goal of blocks
+    kept = ["kept_kl"] * ("rl.learn.keep" in changes)
+    for name in ("reward", "grad_norm", *kept):  # the second ones are those after an update
         np.testing.assert_allclose(*(figures(tmp_path / n, name) for n in ("traced", "host")),
                                    rtol=1e-4)
 
@@ -104,6 +113,13 @@ def test_a_server_that_is_down_at_the_start(model, tmp_path):
         loop.reinforce(remote(model, fake.url, **{"rl.reward": {"beauty": 1.0}}),
                        tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_chunks_that_the_devices_cannot_share(model, tmp_path):
+    with Fake(answers()) as fake, pytest.raises(
+            InputError, match="a batch of 16 does not divide into 4 chunks over 8 devices"):
+        loop.reinforce(remote(model, fake.url, **{"rl.chunks": 4}), tmp_path / "run",
+                       progress=False)
 
 
 def test_a_version_that_has_changed_is_said(model, tmp_path, caplog):

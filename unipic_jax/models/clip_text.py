@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unipic_jax.core import config, ops
+from unipic_jax.core import mesh as meshes
 from unipic_jax.core.attention import attention
 from unipic_jax.core.params import Spec, Tree, linear, norm, stack
 
@@ -55,7 +56,7 @@ def apply(cfg: Config, params: Tree, ids: jax.Array, dtype=jnp.float32):
     """
     B, S = ids.shape
     x = ops.embed(params["token"], ids, dtype)
-    x = x + ops.meshes.gather(params["position"].astype(dtype))[:S]
+    x = x + meshes.gather(params["position"][:S].astype(dtype))
     act = ops.ACTIVATIONS[cfg.hidden_act]
 
     def layer(carry, p):

@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from unipic_jax.core import config, ops
+from unipic_jax.core import mesh as meshes
 from unipic_jax.core import remat as remats
 from unipic_jax.core.attention import attention
 from unipic_jax.core.errors import InputError
@@ -223,10 +224,10 @@ def _patches(cfg, params, latents):
     x = ops.reshape(x, B, h * w, P * P * C)
     flat = {"kernel": params["patch"]["kernel"].reshape(P * P * C, D),
             "bias": params["patch"]["bias"]}
-    table = ops.meshes.gather(params["positions"].astype(x.dtype)).reshape(N, N, D)
     top, left = (N - h) // 2, (N - w) // 2
-    table = lax.stop_gradient(table[top:top + h, left:left + w]).reshape(h * w, D)
-    return ops.linear(flat, x) + table
+    table = params["positions"].reshape(N, N, D)[top:top + h, left:left + w]
+    table = lax.stop_gradient(table.astype(x.dtype)).reshape(h * w, D)
+    return ops.linear(flat, x) + meshes.gather(table)
 
 
 def _mlp(p_in, p_out, x):

@@ -114,6 +114,11 @@ def _touched(module, types, op):
         return 2 * _slow_bytes(op.result)
     if op.opcode == "dynamic-update-slice":
         return 2 * _slow_bytes(operands[1])
+    if op.opcode in ("slice-start", "dynamic-slice-start"):  # ((operands), slice, ...)
+        part = _PLACED.search(op.result.partition("), ")[2])[0]
+        return _slow_bytes(part) + bool(_slow_bytes(operands[0])) * array_bytes(part)
+    if op.opcode.endswith("-start") and not op.opcode.startswith("all-reduce"):
+        return _slow_bytes(op.result)  # has the operands beside what is made
     called = dict(_attributes(op.rest)).get("calls", "")
     inner, inner_types = module.get(called, []), types.get(called, {})
     if op.opcode != "fusion" or not inner:

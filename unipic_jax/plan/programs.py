@@ -151,7 +151,8 @@ def _example(config, task):
     side = recipe.picture_side(config)
     blank = np.zeros((side, side, 3), np.uint8)
     text = "word " * (2 * config.data.text_tokens)
-    return Example("", text, target=blank if task != "describe" else None,
+    judged = config.objective == "judgement"
+    return Example("", text, target=blank if task != "describe" or judged else None,
                    source=blank if task != "generate" else None,
                    answer="0" if task == "describe" else "")
 

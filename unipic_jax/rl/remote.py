@@ -44,15 +44,17 @@ def make_step(config, parts: recipe.Functions, prompts: Prompts, reward: HostRew
     Where no sample has a score nothing is learned, and the step counts as skipped.
     """
     rounds = recipe.learning(config).rounds
-    for size in (config.batch, *[config.rl.kept.batch] * bool(config.rl.learn.keep)):
-        if config.rl.chunks < 1 or size % config.rl.chunks:
-            raise InputError(f"a batch of {size} does not divide into {config.rl.chunks} chunks")
+    chunks, devices = config.rl.chunks, prompts.mesh.shape["data"] * prompts.mesh.shape["fsdp"]
+    if chunks < 1 or config.batch % (chunks * devices):
+        raise InputError(f"a batch of {config.batch} does not divide into {chunks} chunks over "
+                         f"{devices} devices")
 
     @jax.jit
     def prepare(frozen, arrays):
         batch = parts.prepare(frozen, arrays)
-        split_up = jax.tree.map(lambda a: split(a, config.rl.chunks), batch)
-        return [jax.tree.map(lambda a, i=i: a[i], split_up) for i in range(config.rl.chunks)]
+        kept = {name: batch.pop(name) for name in ("kept",) if name in batch}
+        split_up = jax.tree.map(lambda a: split(a, chunks), batch)
+        return [jax.tree.map(lambda a, i=i: a[i], split_up) for i in range(chunks)], kept
 
     @jax.jit
     def draw(state, frozen, chunk, key):
@@ -61,17 +63,18 @@ def make_step(config, parts: recipe.Functions, prompts: Prompts, reward: HostRew
         return trajectory, pictures.astype(jnp.uint8)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, frozen, chunks, trajectories, values, valid, key):
-        batch = jax.tree.map(lambda *a: jnp.concatenate(a), *chunks)
+    def update(state, frozen, batches, trajectories, values, valid, key):
+        *sampled, kept = batches
+        batch = jax.tree.map(lambda *a: jnp.concatenate(a), *sampled) | kept
         trajectory = rollout.concatenate(trajectories)
         state, report = parts.update(state, frozen, batch, trajectory, values, valid, key)
         return state, recipe.scalars(report)
 
     def step(state: learn.State, frozen, arrays, key):
         drawn = prompts.of(config.seed, int(state.step) // rounds)
-        chunks = prepare(frozen, arrays)
+        sampled, kept = prepare(frozen, arrays)
         trajectories, waiting = [], []
-        for chunk in chunks:
+        for chunk in sampled:
             trajectory, pictures = draw(state, frozen, chunk, key)
             trajectories.append(trajectory)
             # The next chunk is on its way already when these pictures are waited for.
@@ -79,7 +82,7 @@ def make_step(config, parts: recipe.Functions, prompts: Prompts, reward: HostRew
         futures = [_submit(reward, drawn, config.rl.group, *one) for one in waiting]
         found = [_whole(future.result(), mine, config.rl.reward) for mine, future in futures]
         values, valid = (np.concatenate(a) for a in zip(*found))
-        return update(state, frozen, chunks, trajectories, values, valid, key)
+        return update(state, frozen, [*sampled, kept], trajectories, values, valid, key)
 
     return step
 

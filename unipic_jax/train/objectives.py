@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from unipic_jax.conditioning import judging, kontext, metaquery, qwen_chat
+from unipic_jax.core import ops
 from unipic_jax.core.params import Tree
 from unipic_jax.flow import schedule
 from unipic_jax.flow.loss import velocity_loss
@@ -34,10 +35,12 @@ def velocity(
     target, source, level, noise = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 4))(keys),
                                                 0, 1)
     vae, cfg = parts["vae"].config, parts["transformer"].config
-    x0 = latents(vae, params["vae"], batch, "target", target, dtype)
+    keyed = {"target": target} | ({"source": source} if "source" in batch else {})
+    drawn = latents(vae, params["vae"], batch, keyed, dtype)
+    x0 = drawn["target"]
     condition = conditions(parts, params, batch["prompt"], dtype=dtype, remat=remat)
-    if "source" in batch:
-        condition["reference"] = latents(vae, params["vae"], batch, "source", source, dtype)
+    if "source" in drawn:
+        condition["reference"] = drawn["source"]
     timing = parts["scheduler"].config
     sigma = schedule.draw(timing, level)
 
@@ -61,17 +64,26 @@ def to_unit(pictures: jax.Array, dtype) -> jax.Array:
 
 
 def latents(
-    cfg: autoencoder.Config, params: Tree, batch: dict, name: str, keys: jax.Array, dtype
-) -> jax.Array:
-    """A sample of the scaled latents float32 [B, h, w, C] of the pictures uint8 [B, H, W, 3] by
-    that name, or of the posteriors' cached moments."""
-    if f"{name}_moments" in batch:
-        mean, logvar = jnp.split(batch[f"{name}_moments"].astype(jnp.float32), 2, -1)
-    else:
-        posterior = autoencoder.encode(cfg, params, to_unit(batch[name], dtype))
-        mean, logvar = (a.astype(jnp.float32) for a in (posterior.mean, posterior.logvar))
-    sample = autoencoder.Posterior(mean, logvar).sample(normal(keys, mean.shape[1:]))
-    return jax.lax.stop_gradient(autoencoder.scale(cfg, sample))
+    cfg: autoencoder.Config, params: Tree, batch: dict, keys: Mapping[str, jax.Array], dtype
+) -> dict[str, jax.Array]:
+    """A sample of the scaled latents float32 [B, h, w, C] by each name in `keys`: of the pictures
+    uint8 [B, H, W, 3] of that name, or of the posteriors' cached moments."""
+    cached = {n: batch[f"{n}_moments"] for n in keys if f"{n}_moments" in batch}
+    moments = {n: jnp.split(m.astype(jnp.float32), 2, -1) for n, m in cached.items()}
+    if names := [n for n in keys if n not in cached]:
+        # All in one: a TPU's compiler takes minutes over each time that the encoder stands there.
+        x = jnp.stack([batch[n] for n in names], 1)  # [B, n, H, W, 3]
+        x = ops.reshape(x, x.shape[0] * x.shape[1], *x.shape[2:])
+        posterior = autoencoder.encode(cfg, params, to_unit(x, dtype))
+        mean, logvar = (ops.reshape(a.astype(jnp.float32), -1, len(names), *a.shape[1:])
+                        for a in (posterior.mean, posterior.logvar))
+        moments |= {n: (mean[:, i], logvar[:, i]) for i, n in enumerate(names)}
+
+    def sample(name):
+        mean, logvar = moments[name]
+        return autoencoder.Posterior(mean, logvar).sample(normal(keys[name], mean.shape[1:]))
+
+    return {n: jax.lax.stop_gradient(autoencoder.scale(cfg, sample(n))) for n in keys}
 
 
 def conditions(
