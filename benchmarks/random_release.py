@@ -106,7 +106,7 @@ def configs(size: str, dtype: str) -> dict[str, dict]:
                 "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
                 "tokens_per_second": 2, "window_size": 112},
             "vision_end_token_id": 151653, "vision_start_token_id": 151652,
-            "vision_token_id": 151654, "vocab_size": pick(152064, 492)},
+            "vision_token_id": 151654, "vocab_size": pick(152064, 564)},
     }
 
 
