@@ -40,10 +40,12 @@ class Part:
     folder: Path
     module: ModuleType
     config: Any
+    whole: bool = False  # not split along `fsdp`, so that nothing is gathered at each use
 
     @property
     def specs(self) -> params.Tree:
-        return self.module.specs(self.config)
+        specs = self.module.specs(self.config)
+        return params.whole(specs) if self.whole else specs
 
     @property
     def has_weights(self) -> bool:

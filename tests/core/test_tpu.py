@@ -44,3 +44,13 @@ def test_the_kernel_compiles_forward_and_backward(mesh, causal):
     assert text.count("tpu_custom_call") >= 3  # forward, and two of the gradient
     # No scores are ever held: they would be 1357 x 1357 of each of 4 heads.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1357 * 1357 * 2
+
+
+@pytest.mark.parametrize("topology", ["v6e:8x8", "v5p:4x4x4"])
+def test_a_mesh_that_no_whole_axes_of_the_torus_make(topology, monkeypatch):
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
+    devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    made = meshes.make(data=-1, fsdp=16, devices=devices)
+    assert dict(made.shape) == {"data": 4, "fsdp": 16, "tensor": 1}
+    assert set(made.devices.flat) == set(devices)

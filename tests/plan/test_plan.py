@@ -54,6 +54,15 @@ def test_training_on_cpu_devices(config):
     batch = programs.make(config, "train", "edit", mesh).arguments[2]
     assert found["flops_per_sample"] == cost.per_sample(config, here, batch)
 
+    # A part that is held whole takes memory, and is not gathered.
+    config.whole = ("text_encoder_3",)
+    whole = plans.plan(config, "cpu:8", kind="train", task="edit")
+    more = 2 * params.count(here.parts["text_encoder_3"].specs)  # bytes of bfloat16
+    assert 0 < whole["memory"]["arguments"] - found["memory"]["arguments"] < more
+    before, after = (sum(m["size"] for m in f["collectives"] if m["kind"] == "all-gather")
+                     for f in (found, whole))
+    assert after < before
+
 
 def buffers(here):
     _own, kept = params.split_buffers(*[here.parts["transformer"].specs] * 2)

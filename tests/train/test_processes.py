@@ -28,16 +28,18 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, micro_model):
-    """A run of two processes to step 4, one of four and one of one; and what the two have said."""
+    """A run of two processes to step 4, one of four, one of one, and one of one with frozen parts
+    whole on every device; and what the two have said."""
     root = tmp_path_factory.mktemp("processes")
     arguments = [*micro.arguments("kontext", micro_model, steps=4), *OPTIONS]
     said = processes.finish(processes.start(2, root / "two", *arguments))
     processes.finish(processes.start(4, root / "four", *arguments))
-    micro.finish(micro.start(root / "one", *arguments, devices=8))
+    for name, more in (("one", ()), ("whole", ["--config.whole=('text_encoder_3', 'vae')"])):
+        micro.finish(micro.start(root / name, *arguments, *more, devices=8))
     return root, arguments, said
 
 
-@pytest.mark.parametrize("name", ["two", "four"])
+@pytest.mark.parametrize("name", ["two", "four", "whole"])
 def test_losses_are_the_same(runs, name):
     root, *_ = runs
     one, other = losses(root / "one"), losses(root / name)

@@ -55,6 +55,7 @@ def test_every_config_is_tried():
     ({"objective": "imitation"}, "objective 'imitation': choose from velocity"),
     ({"trained": ("decoder",)}, "'decoder' is not a part of this stage; its parts are transformer"),
     ({"fresh": ("vae",)}, "'vae' is to be initialized anew but does not train"),
+    ({"whole": ("transformer",)}, "'transformer' is to be held whole and is not a frozen part"),
     ({"model": "nowhere"}, "nowhere")])
 def test_stages_that_cannot_be(changes, message, micro_model):
     config = micro.point(micro.get_config("kontext"), micro_model)

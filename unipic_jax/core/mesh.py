@@ -43,7 +43,11 @@ def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sh
     # GPUs count hosts as slices, over which parameters may well be split.
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
     if slices <= 1:
-        return jax.make_mesh(tuple(sizes), AXES, types, devices=devices)
+        try:
+            return jax.make_mesh(tuple(sizes), AXES, types, devices=devices)
+        except NotImplementedError:  # a size that no whole axes of the torus make, as 16 of 8x8
+            return jax.sharding.Mesh(mesh_utils.create_device_mesh(
+                sizes, devices, allow_split_physical_axes=True), AXES, types)
     if sizes[0] % slices:
         raise ValueError(f"{slices} slices need a mesh whose data axis they divide; it is "
                          f"{sizes[0]}: --config.mesh.data={slices}")

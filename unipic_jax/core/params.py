@@ -73,6 +73,15 @@ def stack(specs: Tree, layers: int) -> Tree:
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
+def whole(specs: Tree) -> Tree:
+    """The same weights, none of them split along `fsdp`."""
+    def one(s: Spec) -> Spec:
+        return dataclasses.replace(s, axes=tuple(
+            None if meshes.RULES[a] == "fsdp" else a for a in s.axes))
+
+    return jax.tree.map(one, specs, is_leaf=is_spec)
+
+
 def init(specs: Tree, key: jax.Array, dtype=jnp.float32) -> Tree:
     """Fresh parameters; wrap in `jax.jit(..., out_shardings=shardings(specs, mesh))` on a mesh."""
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)

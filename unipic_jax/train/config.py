@@ -24,6 +24,8 @@ def defaults() -> ConfigDict:
         "trained": (),  # parts by their folders' names; the others are frozen, in `dtype`
         "fresh": (),  # of these the ones that begin from nothing
         "int8": (),  # of those that are frozen, parts whose weights are kept as integers
+        # Of those, parts that every device holds whole along `fsdp`: faster, where there is memory.
+        "whole": (),
         "lora": {"rank": 0, "alpha": 64.0, "targets": ()},  # rank 0: the weights themselves train
         # MetaQuery: who sees the picture of an edit (table 2 of the report).
         "source_to": ("mllm", "transformer"),

@@ -52,6 +52,11 @@ def open_stage(config) -> Stage:
     if odd := [n for n in config.int8 if n not in parts or n in config.trained]:
         raise InputError(f"{odd[0]!r} is to be kept as integers and is not a frozen part; frozen "
                          f"are {', '.join(n for n in parts if n not in config.trained)}")
+    frozen = [n for n in parts if n not in config.trained or config.lora.rank]
+    if odd := [n for n in config.whole if n not in frozen]:
+        raise InputError(f"{odd[0]!r} is to be held whole and is not a frozen part; frozen are "
+                         f"{', '.join(frozen)}")
+    parts = {n: dataclasses.replace(p, whole=n in config.whole) for n, p in parts.items()}
     if config.lora.rank:
         combine = functools.partial(_with_adapters, scale=config.lora.alpha / config.lora.rank)
     else:
