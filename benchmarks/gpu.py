@@ -230,8 +230,8 @@ def main() -> None:
             file.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found), end="")
     if args.table:
-        args.table.write_text("# On a GPU\n\n`python -m benchmarks.gpu`:\n"
-                              f"{__doc__.split(chr(10), 1)[0]}\n\n{table(found)}")
+        args.table.write_text("# On a GPU\n\nThe whole model against the PyTorch code, by "
+                              f"`python -m benchmarks.gpu`, which says how.\n\n{table(found)}")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,10 @@ def without_weights(root: Path) -> Path:
         folder = root / ("kontext" if (root / "kontext" / name).is_dir() else "metaquery") / name
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (folder / file).write_text(json.dumps(raw))
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):  # which take longer texts than nano's
+        file = root / "kontext" / name / "tokenizer_config.json"
+        length = 512 if name == "tokenizer_3" else MAX_LENGTH
+        _json(file, json.loads(file.read_text()) | {"model_max_length": length})
     reads(root / "metaquery/qwen2_5_vl")
     # A judge is Qwen2.5-VL with a head beside it.
     shutil.copytree(root / "metaquery/qwen2_5_vl", root / "edit_judge")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from unipic_jax.data import feed
 from unipic_jax.rl import learn, loop, recipe
@@ -55,7 +56,7 @@ def programs(name: str) -> tuple[int, dict]:
     drawn = sample(state, frozen, batch, key)
     pictures = decode(frozen, drawn.latents)
     reward = score(pictures, batch["goal"])
-    valid = jax.numpy.isfinite(reward)
+    valid = jnp.isfinite(reward)
     return config.batch, dict(zip(PARTS, (
         lambda: prepare(frozen, prompts), lambda: sample(state, frozen, batch, key),
         lambda: decode(frozen, drawn.latents), lambda: score(pictures, batch["goal"]),

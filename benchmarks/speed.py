@@ -141,6 +141,7 @@ def torch_side(case: str, dtype: str):
             down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n))
         z = torch.from_numpy(np.moveaxis(normal(0, 1, 64, 64, 16), -1, 1).copy()).to(kind)
         return lambda: model.decode(z).sample.float().numpy()
+
     from unipic_jax.pipelines.edit import NEGATIVE_PROMPT
     draw = reference.pipeline(MODEL, kind)
     source = Image.open(SOURCE).convert("RGB").resize((128, 96))

@@ -1,6 +1,7 @@
 """Runs of several processes that find each other on this machine."""
 
 import socket
+import time
 
 import micro
 
@@ -26,3 +27,17 @@ def finish(processes):
     finally:
         for p in processes:
             p.kill()
+
+
+def kill_one(workdir, *arguments, when, **more):
+    """Start two processes, kill the second once `when()` holds, and wait for the first, which has
+    to stop when it misses a heartbeat."""
+    first, second = start(2, workdir, *arguments, **more)
+    while not when():
+        assert first.poll() is second.poll() is None
+        time.sleep(0.01)
+    second.kill()
+    said, _ = first.communicate(timeout=200)
+    assert first.returncode not in (0, None)
+    assert "another task died" in said
+    assert not (workdir / "model").exists()

@@ -84,6 +84,45 @@ def test_slices_and_near_memory_in_the_traffic():
     assert hlo.traffic(TEXT) == 6 * each + (stack + 8 * 4) + reduced
 
 
+NESTED = """HloModule m
+
+%row (r0: f32[6,8,128], r1: s32[]) -> f32[8,128] {
+  %r0 = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %r1 = s32[]{:S(2)} parameter(1)
+  %nought = s32[] constant(0)
+  %cut = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%r0, %r1, %nought, %nought)
+  ROOT %even = f32[8,128]{1,0:T(8,128)} bitcast(%cut)
+}
+
+%same (q0: f32[4,8,128]) -> f32[32,128] {
+  %q0 = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+  ROOT %flat = f32[32,128]{1,0:T(8,128)} bitcast(%q0)
+}
+
+%product (m0: f32[6,8,128], m1: s32[], m2: f32[4,8,128]) -> f32[8,32] {
+  %m0 = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %m1 = s32[]{:S(2)} parameter(1)
+  %m2 = f32[4,8,128]{2,1,0:T(8,128)} parameter(2)
+  %layer = f32[8,128]{1,0:T(8,128)} fusion(%m0, %m1), kind=kLoop, calls=%row
+  %other = f32[32,128]{1,0:T(8,128)} fusion(%m2), kind=kLoop, calls=%same
+  ROOT %made = f32[8,32]{1,0:T(8,128)} dot(%layer, %other), lhs_contracting_dims={1}, \
+rhs_contracting_dims={1}
+}
+
+ENTRY %main (x: f32[6,8,128], i: s32[], y: f32[4,8,128]) -> f32[8,32] {
+  %x = f32[6,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:S(2)} parameter(1)
+  %y = f32[4,8,128]{2,1,0:T(8,128)} parameter(2)
+  ROOT %out = f32[8,32]{1,0:T(8,128)} fusion(%x, %i, %y), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_slices_in_fusions_within_fusions():
+    """Of a stack the layer that is taken; of what is only given another shape all."""
+    assert hlo.traffic(NESTED) == 4 * (8 * 128 + 4 * 8 * 128 + 8 * 32)
+
+
 ACROSS = """HloModule m
 
 ENTRY %main (x: f32[64,8,128]) -> f32[64,8,128] {

@@ -1,7 +1,5 @@
 """Several processes, eight devices in all, reinforce like one of eight."""
 
-import time
-
 import jax
 import micro
 import numpy as np
@@ -41,16 +39,8 @@ def test_figures_are_the_same(runs, name):
 def test_one_of_two_is_killed(runs, arguments, tmp_path):
     """The other stops when it misses its heartbeat, and the same command ends with the same bits
     as the run that nothing has broken."""
-    both = processes.start(2, tmp_path / "run", *arguments, command="reinforce")
-    while not (tmp_path / "run/checkpoints/2").exists():
-        assert all(p.poll() is None for p in both)
-        time.sleep(0.01)
-    both[1].kill()
-    said, _ = both[0].communicate(timeout=200)
-    assert both[0].returncode not in (0, None)
-    assert "another task died" in said
-    assert not (tmp_path / "run/model").exists()
-
+    processes.kill_one(tmp_path / "run", *arguments, command="reinforce",
+                       when=(tmp_path / "run/checkpoints/2").exists)
     said, _ = processes.finish(
         processes.start(2, tmp_path / "run", *arguments, command="reinforce"))
     assert "goes on from step" in said

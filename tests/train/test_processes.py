@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import jax
 import jax.numpy as jnp
@@ -95,16 +94,8 @@ def test_one_of_two_is_killed(micro_model, tmp_path):
     as a run that nothing has broken."""
     arguments = [*micro.arguments("kontext", micro_model, steps=8), *OPTIONS]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    both = processes.start(2, broken, *arguments)
-    while not (broken / "metrics.jsonl").exists() or len(losses(broken)) < 3:
-        assert all(p.poll() is None for p in both)
-        time.sleep(0.01)
-    both[1].kill()
-    said, _ = both[0].communicate(timeout=200)
-    assert both[0].returncode not in (0, None)
-    assert "another task died" in said
-    assert not (broken / "model").exists()
-
+    processes.kill_one(broken, *arguments, when=lambda: (
+        broken / "metrics.jsonl").exists() and len(losses(broken)) >= 3)
     said, _ = processes.finish(processes.start(2, broken, *arguments))
     assert "goes on from step" in said
     processes.finish(processes.start(2, whole, *arguments))

@@ -89,7 +89,7 @@ def traffic(text: str) -> float:
 
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
         "call", "partition-id", "replica-id", "after-all", "iota")
-SLICES = ("dynamic-slice", "slice", "gather", "bitcast")
+SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def _run(module, name, times, *, inside):
@@ -120,30 +120,52 @@ def _touched(module, types, op):
     if op.opcode.endswith("-start") and not op.opcode.startswith("all-reduce"):
         return _slow_bytes(op.result)  # has the operands beside what is made
     called = dict(_attributes(op.rest)).get("calls", "")
-    inner, inner_types = module.get(called, []), types.get(called, {})
-    if op.opcode != "fusion" or not inner:
+    if op.opcode != "fusion" or not module.get(called):
         return sum(map(_slow_bytes, [op.result, *operands]))
-    users = collections.defaultdict(list)
-    for i in inner:
-        for name in _operands(i):
-            users[name].append(i)
-    parameters = {int(i.rest.split("(")[1].split(")")[0]): i for i in inner
-                  if i.opcode == "parameter"}
     total, updated = 0.0, 0.0
     for number, outer in enumerate(operands):
-        using = users[parameters[number].name] if number in parameters else []
         if not _slow_bytes(outer):
             continue
-        if using and all(u.opcode in SLICES for u in using):
-            total += min(_slow_bytes(outer), sum(array_bytes(u.result) for u in using))
-        elif using and all(u.opcode == "dynamic-update-slice"
-                           and _operands(u)[0] == parameters[number].name for u in using):
-            part = sum(array_bytes(inner_types.get(_operands(u)[1], "")) for u in using)
-            total += part
+        using, part = _use(module, types, called, number)
+        total += min(_slow_bytes(outer), part)
+        if using == "update":
             updated += _slow_bytes(outer) - part
-        else:
-            total += _slow_bytes(outer)
     return total + max(_slow_bytes(op.result) - updated, 0.0)
+
+
+def _use(module, types, computation, number):
+    """What a computation does with a parameter, "read" or "update", and the bytes of that: of all
+    of it, or where it only takes slices or writes one into it, in computations it calls too, of
+    these."""
+    body = module[computation]
+    name = next((i.name for i in body if i.opcode == "parameter"
+                 and i.rest.startswith(f"parameter({number})")), None)
+    whole = array_bytes(types[computation].get(name, ""))
+    total, kinds, names = 0.0, set(), [name]
+    for name in names:
+        for user in body:
+            given = _operands(user)
+            if name not in given:
+                continue
+            called = dict(_attributes(user.rest)).get("calls", "")
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode in SLICES:
+                total += array_bytes(user.result)
+                kinds.add("read")
+            elif user.opcode == "dynamic-update-slice" and given[0] == name:
+                total += array_bytes(types[computation].get(given[1], ""))
+                kinds.add("update")
+            elif user.opcode == "fusion" and module.get(called):
+                for place in (i for i, n in enumerate(given) if n == name):
+                    kind, part = _use(module, types, called, place)
+                    total += part
+                    kinds.add(kind)
+            else:
+                return "read", whole
+    if body[-1].name in names:  # handed on as it is
+        return "read", whole
+    return ("update" if kinds == {"update"} else "read"), min(total, whole)
 
 
 def _slow_bytes(text):

@@ -52,7 +52,7 @@ def make_step(config, parts: recipe.Functions, prompts: Prompts, reward: HostRew
     @jax.jit
     def prepare(frozen, arrays):
         batch = parts.prepare(frozen, arrays)
-        kept = {name: batch.pop(name) for name in ("kept",) if name in batch}
+        kept = {"kept": batch.pop("kept")} if "kept" in batch else {}
         split_up = jax.tree.map(lambda a: split(a, chunks), batch)
         return [jax.tree.map(lambda a, i=i: a[i], split_up) for i in range(chunks)], kept
 
@@ -63,8 +63,7 @@ def make_step(config, parts: recipe.Functions, prompts: Prompts, reward: HostRew
         return trajectory, pictures.astype(jnp.uint8)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, frozen, batches, trajectories, values, valid, key):
-        *sampled, kept = batches
+    def update(state, frozen, sampled, kept, trajectories, values, valid, key):
         batch = jax.tree.map(lambda *a: jnp.concatenate(a), *sampled) | kept
         trajectory = rollout.concatenate(trajectories)
         state, report = parts.update(state, frozen, batch, trajectory, values, valid, key)
@@ -82,7 +81,7 @@ def make_step(config, parts: recipe.Functions, prompts: Prompts, reward: HostRew
         futures = [_submit(reward, drawn, config.rl.group, *one) for one in waiting]
         found = [_whole(future.result(), mine, config.rl.reward) for mine, future in futures]
         values, valid = (np.concatenate(a) for a in zip(*found))
-        return update(state, frozen, [*sampled, kept], trajectories, values, valid, key)
+        return update(state, frozen, sampled, kept, trajectories, values, valid, key)
 
     return step
 
