@@ -35,6 +35,7 @@ def rows(nano: Path, steps: int, seeds: int) -> tables.Tables:
     found = {
         "table2": {  # all of them from the model that does not edit yet
             "Kontext, transformer": (f"--config={STAGES}/kontext.py", *always,
+                                     "--config.data.sources.edit.weight=2.0",  # as unified.py
                                      f"--config.model={base}", names("trained", "transformer")),
             "MetaQuery, language model": (*from_base, names("source_to", "mllm")),
             "MetaQuery, transformer": (*from_base, names("source_to", "transformer")),
