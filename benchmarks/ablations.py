@@ -1,6 +1,6 @@
 """The report's tables 2 and 3 on the nano family: who sees the picture of an edit, and what trains.
 
-    python -m benchmarks.ablations --nano DIR --dir RUNS [--steps 800] [--seeds 3] [--jobs 2]
+    python -m benchmarks.ablations --nano DIR --dir RUNS [--steps 500] [--seeds 3] [--jobs 2]
 
 DIR is what `launch/nano.sh DIR` has made. Every row of a table starts from the same parts and sees
 the same number of pictures, with a seed of its own for what it draws; its scores are of held-out
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nano", type=Path, required=True)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()

@@ -12,5 +12,5 @@ def get_config():
     # have yet to learn what an instruction is.
     config.trained = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     config.batch, config.steps = 32, 4400
-    config.samples.every = 2200
+    config.samples.every = 2200  # scores take a minute of a core
     return config
