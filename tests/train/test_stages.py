@@ -56,7 +56,9 @@ def test_every_config_is_tried():
     ({"trained": ("decoder",)}, "'decoder' is not a part of this stage; its parts are transformer"),
     ({"fresh": ("vae",)}, "'vae' is to be initialized anew but does not train"),
     ({"whole": ("transformer",)}, "'transformer' is to be held whole and is not a frozen part"),
-    ({"model": "nowhere"}, "nowhere")])
+    ({"model": "nowhere"}, "nowhere"),
+    ({"model": ""}, "give --config.model=DIR"),
+    ({"objective": "answer"}, "give --config.mllm=DIR")])
 def test_stages_that_cannot_be(changes, message, micro_model):
     config = micro.point(micro.get_config("kontext"), micro_model)
     config.update(changes)

@@ -74,13 +74,20 @@ def open_stage(config) -> Stage:
 
 def _open_parts(config) -> Mapping[str, Part]:
     if config.objective == "answer":
-        return {"mllm": describe.open_model(load.find(config.mllm))}
+        return {"mllm": describe.open_model(_folder(config, "mllm"))}
     if config.objective == "judgement":
-        return open_judge(load.find(config.mllm), load.find(config.judge or config.mllm))
+        mllm = _folder(config, "mllm")
+        return open_judge(mllm, load.find(config.judge) if config.judge else mllm)
     if config.objective == "reconstruction":
-        return {"vae": read_part(load.find(config.model) / "vae")}
-    return generate.open_model(*(load.find(name) if name else None for name in (
-        config.model, config.mllm, config.conditioner)))
+        return {"vae": read_part(_folder(config, "model") / "vae")}
+    return generate.open_model(_folder(config, "model"), *(
+        load.find(config[name]) if config[name] else None for name in ("mllm", "conditioner")))
+
+
+def _folder(config, field: str) -> Path:
+    if not config[field]:
+        raise InputError(f"this stage begins with a model; give --config.{field}=DIR")
+    return load.find(config[field])
 
 
 def open_judge(mllm: Path, folder: Path) -> Mapping[str, Part]:
