@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
@@ -132,10 +132,10 @@ def run(folder: Path, tables: Tables, start: str, jobs: int, plot_name: str) -> 
     done begins with its model, which is then made again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = sorted(((seed, step) for rows in tables.values()
-                     for step, seeds in rows.values() for seed in range(seeds)
-                     if not place(folder, step, seed).with_suffix(".json").exists()),
-                    key=lambda one: one[0])
+    wanted = sorted(dict.fromkeys(
+        (seed, step) for rows in tables.values() for step, seeds in rows.values()
+        for seed in range(seeds) if not place(folder, step, seed).with_suffix(".json").exists()),
+        key=lambda one: one[0])
     cores, free = Queue(), sorted(os.sched_getaffinity(0))
     for i in range(jobs):
         cores.put(set(free[i::jobs]) or set(free))
@@ -150,7 +150,7 @@ def run(folder: Path, tables: Tables, start: str, jobs: int, plot_name: str) -> 
     # As many threads as rows: most of them wait for cores.
     threads = max(1, len(wanted))
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(wanted), unit="run") as bar:
-        for done in [submit(step, seed) for seed, step in wanted]:
+        for done in as_completed([submit(step, seed) for seed, step in wanted]):
             done.result()
             bar.update()
             collect(folder, tables, plot_name)

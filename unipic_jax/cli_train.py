@@ -59,7 +59,6 @@ def add(command) -> None:
     sub.add_argument("--kind", choices=("shards", "tfds"), default="shards",
                      help="ArrayRecord shards, or a TFDS data set")
 
-
     sub = command("scored-edits", _scored_edits, "Edits of blocks by a model, with their scores: "
                   "what a judge of edits learns from.")
     sub.add_argument("--model", required=True, metavar="DIR", help="the model that edits")
