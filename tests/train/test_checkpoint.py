@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from unipic_jax.core import mesh as meshes
 from unipic_jax.core.errors import InputError
-from unipic_jax.train.checkpoint import Checkpoints, stopping
+from unipic_jax.train.checkpoint import Checkpoints, alone, stopping
 
 EXTRA = {"config": {"rate": 1e-4, "parts": ["a", None]}, "position": 12, "seconds": 0.1}
 
@@ -230,6 +230,27 @@ def test_another_state(saved, change, message):
         checkpoints.restore(change(shape_of(make(8))))
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from unipic_jax.train.checkpoint import alone
+with alone(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(InputError, match="another run is in"), alone(tmp_path):
+            pass
+        other.kill()
+    with alone(tmp_path):
+        pass
+
+
 def test_sigterm_asks_for_a_stop():
     before = signal.getsignal(signal.SIGTERM)
     with stopping() as stop:
@@ -249,7 +270,7 @@ logging.basicConfig()
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
 from unipic_jax.core import mesh as meshes
-from unipic_jax.train.checkpoint import Checkpoints, stopping
+from unipic_jax.train.checkpoint import Checkpoints, alone, stopping
 
 mesh = meshes.make()
 rows = meshes.sharding(mesh, (8, 4096), ("embed", None))

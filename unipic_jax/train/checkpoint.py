@@ -6,6 +6,7 @@ are set aside, and removed when a newer one is whole.
 """
 
 import contextlib
+import fcntl
 import gc
 import logging
 import shutil
@@ -209,6 +210,27 @@ def stopping() -> Iterator[Callable[[int], bool]]:
         yield lambda step: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; it is free again however this one ends.
+
+    Raises InputError, in every process, where another run is in it.
+    """
+    with contextlib.ExitStack() as held:
+        free = True
+        if jax.process_index() == 0:
+            lock = held.enter_context((folder / ".lock").open("a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+            except OSError:  # a file system that has no locks
+                log.info("%s cannot be locked", folder)
+        if not _on_all_processes(free):
+            raise InputError(f"another run is in {folder}; wait for its end, or take another one")
+        yield
 
 
 def _on_all_processes(fine: bool) -> bool:

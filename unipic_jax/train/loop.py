@@ -24,7 +24,7 @@ from unipic_jax.data import buckets, feed, pipeline, sources
 from unipic_jax.data.records import TASKS, BadRecord, Example
 from unipic_jax.train import cache, cost, evaluate, metrics, optimizer, output, stage, state, step
 from unipic_jax.train import config as configs
-from unipic_jax.train.checkpoint import Checkpoints, stopping
+from unipic_jax.train.checkpoint import Checkpoints, alone, stopping
 from unipic_jax.train.goodput import Goodput
 
 SCALE_BATCHES = 16  # to measure the scale of an autoencoder's latents on
@@ -115,11 +115,12 @@ def run(
     function (seed, start=step) -> (task, this host's arrays) from a step on; `cost_of` tells the
     operations of a batch, `versions` what others serve, which checkpoints record, and `useless`
     what is wrong with steps that change nothing; `watch` is called with each line of figures.
-    `data` is what evaluation takes its examples from. Raises InputError for a full disk, or where
-    too many steps in a row changed nothing.
+    `data` is what evaluation takes its examples from. Raises InputError for a full disk, where
+    another run is in the folder, or where too many steps in a row changed nothing.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
+    with (alone(workdir),
+          Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints):
         first, goodput = 0, Goodput()
         if restored := checkpoints.restore(_abstract(now)):
             first, now, extra = restored
