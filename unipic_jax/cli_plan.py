@@ -94,7 +94,8 @@ def table(report: dict) -> list[str]:
             "peak" in report) else ""
         rows += [("memory", f"does not fit{peak}"), ("try", report["suggestion"])]
     if "compile_seconds" in report:
-        rows.append(("compiled in", f"{report['compile_seconds']:.0f} s"))
+        effort = f", at an effort of {report['effort']:g}" if report["effort"] else ""
+        rows.append(("compiled in", f"{report['compile_seconds']:.0f} s{effort}"))
     if "left_out" in report:
         rows.append(("left out", report["left_out"]))
     return [f"{name:12} {text}" for name, text in rows]

@@ -31,8 +31,9 @@ def plan(config, topology: str, *, kind: str, task: str, slices: int = 1) -> dic
 
     `topology` is GENERATION:SHAPE for TPUs, such as v5p:4x4x4, `slices` of them; or cpu:N, for
     which JAX has to have N CPU devices; or gpu:N, for which nothing is compiled. What is not known
-    is left out, and "left_out" says what and why. Raises InputError for a topology that is not
-    known, or a config that does not fit it.
+    is left out, and "left_out" says what and why. "effort" is that of JAX's config, from -1 to 1,
+    at which it was compiled. Raises InputError for a topology that is not known, or a config that
+    does not fit it.
     """
     platform, number = _platform(topology)
     chip = chips.find(topology) if platform == "tpu" else None
@@ -44,7 +45,7 @@ def plan(config, topology: str, *, kind: str, task: str, slices: int = 1) -> dic
         "topology": topology, "slices": slices, "chips": total, "mesh": dict(mesh.shape),
         "program": kind, "task": task, "batch": config.batch, "remat": config.remat,
         "parameters": program.parameters, "trained": program.trained,
-        "flops_per_sample": program.flops}
+        "flops_per_sample": program.flops, "effort": jax.config.jax_exec_time_optimization_effort}
     scope = jax.sharding.use_abstract_mesh if platform == "gpu" else jax.set_mesh
     with scope(mesh):
         traced = jax.jit(program.function, donate_argnums=program.donated).trace(
