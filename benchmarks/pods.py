@@ -4,7 +4,7 @@
     python -m benchmarks.pods --dir docs/pods --table docs/pods.md
 
 The first command compiles what is not in the folder yet, which takes minutes a plan on two cores,
-and can be stopped and goes on; with --quick at the least effort, in a third of the time or less.
+and can be stopped and goes on; with --quick at XLA's least effort, sooner.
 The second writes the table of what is there. The parts are those of the release, by their configs
 alone.
 """

@@ -270,7 +270,7 @@ logging.basicConfig()
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
 from unipic_jax.core import mesh as meshes
-from unipic_jax.train.checkpoint import Checkpoints, alone, stopping
+from unipic_jax.train.checkpoint import Checkpoints, stopping
 
 mesh = meshes.make()
 rows = meshes.sharding(mesh, (8, 4096), ("embed", None))

@@ -221,12 +221,12 @@ def alone(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         free = True
         if jax.process_index() == 0:
-            lock = held.enter_context((folder / ".lock").open("a"))
             try:
+                lock = held.enter_context((folder / ".lock").open("a"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 free = False
-            except OSError:  # a file system that has no locks
+            except OSError:  # a file system without locks, or a folder that `Checkpoints` refuses
                 log.info("%s cannot be locked", folder)
         if not _on_all_processes(free):
             raise InputError(f"another run is in {folder}; wait for its end, or take another one")
