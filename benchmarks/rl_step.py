@@ -25,7 +25,7 @@ from unipic_jax.train import loop as train_loop
 from unipic_jax.train import optimizer, stage
 
 GRPO = {"rl.objective": "grpo", "rl.learn.passes": 1, "rl.sampling.steps": 10,
-        "rl.sampling.noise": 0.7, "rl.sampling.span": (0, 0)}
+        "rl.sampling.noise": 0.7, "rl.sampling.span": (0, 0), "rl.learn.skip_equal": False}
 RECIPES = {
     "full": GRPO | {"rl.sampling.window": 9, "rl.grpo.kl": 0.04},
     "window": GRPO | {"rl.sampling.window": 2, "rl.grpo.kl": 0.0},

@@ -9,6 +9,6 @@ from unipic_jax.rl.config import nano
 def get_config():
     config = nano("generate")
     config.batch, config.steps = 128, 30
-    config.micro_batches, config.rl.kept.batch = 2, 32
+    config.micro_batches, config.rl.kept.batch = 8, 32
     config.samples.every = 1000
     return config

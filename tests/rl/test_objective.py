@@ -29,7 +29,7 @@ ADVANTAGE = np.array([1.5, -0.5, -1.2, 0.2], np.float32)
 
 
 def velocity(w, x=X):
-    return jnp.tanh(x @ w) + CONTEXT
+    return jnp.tanh(jnp.matmul(x, w)) + CONTEXT  # by the same program, be w traced or not
 
 
 W = 0.3 * normal(D, D, seed=1)

@@ -293,6 +293,56 @@ def test_row_26_devices_change_nothing(sizes):
         np.testing.assert_allclose(many[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def skipping(case, **changes):
+    """A case with and without."""
+    return [Case(dataclasses.replace(case.how, skip_equal=skip, **changes), case.sampling)
+            for skip in (False, True)]
+
+
+def half_taught():
+    """Rewards that are equal in the second and the third group, whose samples are in every
+    micro-batch."""
+    reward = np.random.default_rng(4).normal(size=toy.B).astype(np.float32)
+    reward[np.isin(BATCH["group"], (1, 2))] = 1
+    return reward
+
+
+@pytest.mark.parametrize("case", [PARTS, NFT])
+def test_to_skip_what_teaches_nothing_changes_nothing(case):
+    """On one device, and on four, of which two have only such samples."""
+    moved = []
+    for c in skipping(case, updates=1, micro_batches=2):
+        *_, state, alone = apart(c, begin(c), half_taught())
+        with jax.set_mesh(mesh := meshes.make(2, 2, 1, devices=jax.devices()[:4])):
+            batch = jax.tree.map(
+                lambda a: jax.device_put(a, meshes.batch_sharding(mesh, a.ndim)), BATCH)
+            whole = jax.NamedSharding(mesh, jax.P())
+            begun, frozen = jax.device_put((begin(c), FROZEN), whole)
+            run, update, _ = functions(c)
+            trajectory = run(begun, frozen, batch, KEY)
+            spread, many = update(begun, frozen, batch, trajectory, half_taught(),
+                                  np.ones(toy.B, bool), KEY)
+        moved += [state, spread]
+        np.testing.assert_allclose(many["loss"], alone["loss"], rtol=1e-4, atol=1e-6)
+    for other in moved[1:]:
+        close({k: other.params[k] - TRAINED[k] for k in TRAINED},
+              {k: moved[0].params[k] - TRAINED[k] for k in TRAINED}, 1e-4)
+
+
+def test_what_teaches_nothing_is_not_computed():
+    """Half of the samples: pictures that are not numbers would otherwise reach the gradient."""
+    for c, finite in zip(skipping(NFT, micro_batches=2), (False, True)):
+        run, update, _ = functions(c)
+        state = begin(c)
+        trajectory = run(state, FROZEN, BATCH, KEY)
+        equals = np.isin(BATCH["group"], (1, 2))[:, None]
+        trajectory = trajectory.replace(
+            latents=jnp.where(equals, jnp.nan, trajectory.latents))
+        after, _ = update(state, FROZEN, BATCH, trajectory, half_taught(), np.ones(toy.B, bool),
+                          KEY)
+        assert (after.skipped == 0) == finite
+
+
 @pytest.mark.parametrize(("n", "decay"), [(0, 0.1), (7, 8 / 17), (15, 0.64), (100, 0.9)])
 def test_row_27_mean_of_what_trains(n, decay):
     """min((1 + n) / (10 + n), 0.9), taken once after every eighth update."""

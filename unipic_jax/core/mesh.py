@@ -5,6 +5,8 @@ Meshes have three explicit axes: `data` (replicas of the parameters; slices of a
 The batch is spread over `data` and `fsdp`.
 """
 
+import math
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
@@ -103,6 +105,14 @@ def whole_rows(x: jax.Array) -> jax.Array:
     """x [B, ...] split along its batch alone."""
     spec = spec_of(x)
     return x if spec is None else jax.reshard(x, P(spec[0], *[None] * (x.ndim - 1)))
+
+
+def row_parts(x: jax.Array) -> int:
+    """Over how many devices the leading axis of x is split."""
+    spec = spec_of(x)
+    names = spec[0] if spec else None
+    sizes = dict(jax.typeof(x).sharding.mesh.shape)
+    return math.prod(sizes[n] for n in ([names] if isinstance(names, str) else names or ()))
 
 
 def replicate(w: jax.Array) -> jax.Array:

@@ -37,6 +37,9 @@ class Config:
     updates: int = 1  # parts of a rollout, each of which makes an update
     passes: int = 1  # over all of them
     micro_batches: int = 1  # of a part, whose gradients are summed one after the other
+    # Samples of advantage 0 go to the last micro-batches, and those of nothing else are left out:
+    # less work where many groups have equal rewards, for a branch in the program.
+    skip_equal: bool = False
     ema: float = 0.9  # decay of the mean of what trains, 0 for none
     ema_every: int = 8  # updates
     keep: float = 0.0  # weight of the divergence from the reference on kept prompts; see `_kept`
@@ -135,7 +138,15 @@ def make_learn(
 
             return lax.scan(one, total, items(now, key))
 
-        return lax.scan(micro, jax.tree.map(jnp.zeros_like, params), part)
+        def micro_or_nothing(total, now):
+            mask = now["sample"]["mask"]
+            nothing = jax.tree.map(lambda a: jnp.broadcast_to(jnp.zeros_like(mask), a.shape),
+                                   jax.eval_shape(micro, total, now)[1])
+            return lax.cond((meshes.replicate(mask) != 0).any(), micro,
+                            lambda total, now: (total, nothing), total, now)
+
+        return lax.scan(micro_or_nothing if cfg.skip_equal else micro,
+                        jax.tree.map(jnp.zeros_like, params), part)
 
     def learn(state, frozen, batch, trajectory, advantage, key):
         old, iteration = state.old, state.step // cfg.rounds
@@ -255,6 +266,8 @@ def _parts(cfg, sampling, batch, trajectory, advantage):
         sample["latents"] = trajectory.latents
     else:
         whole |= {"x": trajectory.x, "log_prob": trajectory.log_prob}
+    if cfg.skip_equal:
+        whole = _gathered(whole, sample["mask"], cfg.updates, cfg.micro_batches)
 
     def cut(x):
         x = split(x, cfg.updates * cfg.micro_batches)
@@ -268,6 +281,26 @@ def _parts(cfg, sampling, batch, trajectory, advantage):
             trajectory.start + jnp.arange(sampling.size),
             (cfg.updates, cfg.micro_batches, sampling.size))
     return parts
+
+
+def _gathered(tree, mask, updates, micro_batches):
+    """The samples in the order by which `split` fills the first micro-batches of all updates with
+    those that mask [B] tells of; each device's samples stay on it."""
+    spec, devices = meshes.spec_of(mask), meshes.row_parts(mask)
+    rows = None if spec is None else P(spec[0])
+    own = len(mask) // devices
+    filled = np.arange(own).reshape(micro_batches, -1, updates).transpose(1, 2, 0).ravel()
+
+    def of_devices(x):
+        return jnp.reshape(x, (devices, own, *x.shape[1:]), out_sharding=rows)
+
+    order = jnp.argsort(of_devices(mask) == 0, axis=1, stable=True)[:, filled]
+
+    def gathered(x):
+        found = jax.vmap(lambda x, order: x[order])(of_devices(x), order)
+        return jnp.reshape(found, x.shape, out_sharding=rows)
+
+    return jax.tree.map(gathered, tree)
 
 
 def _reduced(figures, mask):
