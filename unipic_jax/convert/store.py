@@ -5,6 +5,9 @@ whole onto any mesh. A stack that is larger than `GROUP` lies in several arrays 
 each, "part_0" and so on by the first layer, so that memory does not grow with depth.
 """
 
+import contextlib
+import ctypes
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import NamedTuple
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax import lax
 from orbax.checkpoint import v1 as ocp
 
 from unipic_jax.core.errors import InputError
@@ -100,23 +104,27 @@ def pieces(folder: FilePath) -> Iterator[Piece]:
     """Everything on the host, a few pieces at a time."""
     stored = _stored(folder)
     nothing = dict.fromkeys(stored, ocp.PLACEHOLDER)
-    group, held = [], 0
-
-    def load():
+    for group in _groups(stored):
         wanted = {p: np.empty(*stored[p]) for p in group}
         loaded = traverse_util.flatten_dict(
             _load(folder, traverse_util.unflatten_dict(nothing | wanted)))
+        del wanted
         for p in group:
             path, first = _whole(p)
             yield Piece(path, loaded.pop(p), first)
 
+
+def _groups(stored: dict[Path, tuple[tuple[int, ...], np.dtype]]) -> Iterator[list[Path]]:
+    """Stored arrays in groups of `GROUP` bytes, or one array where it is larger."""
+    group, held = [], 0
     for path, (shape, dtype) in stored.items():
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if group and held + size > GROUP:
-            yield from load()
+            yield group
             group, held = [], 0
         group, held = [*group, path], held + size
-    yield from load()
+    if group:
+        yield group
 
 
 def restore(folder: FilePath, abstract: Tree) -> Tree:
@@ -143,13 +151,28 @@ def restore(folder: FilePath, abstract: Tree) -> Tree:
     # else is there.
     tree = {}
     for leaf in sorted(split, key=lambda p: leaves[p].size, reverse=True):
-        together = jax.jit(jnp.concatenate, out_shardings=leaves[leaf].sharding)
+        together = jax.jit(_together, out_shardings=leaves[leaf].sharding)
         # Its parts have no name here, which would keep them while the next one is read.
         tree[leaf] = jax.block_until_ready(
             together(load([path for _, path in sorted(split[leaf].items())])))
-    whole = [path for path in stored if _whole(path)[1] is None]
-    tree.update(zip(whole, load(whole)))
+        _give_back()
+    for group in _groups({p: s for p, s in stored.items() if _whole(p)[1] is None}):
+        tree.update(zip(group, load(group)))
+        _give_back()
     return traverse_util.unflatten_dict(tree)
+
+
+def _give_back():
+    """Freed memory to the host, which glibc keeps for long in each thread's own heap; others give
+    it back by themselves."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _together(parts):
+    """As bits: a CPU would put a stack in bfloat16 together in float32, in four times its memory."""
+    bits = [lax.bitcast_convert_type(p, f"uint{8 * p.dtype.itemsize}") for p in parts]
+    return lax.bitcast_convert_type(jnp.concatenate(bits), parts[0].dtype)
 
 
 def _load(folder, tree):
