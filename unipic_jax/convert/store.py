@@ -170,7 +170,7 @@ def _give_back():
 
 
 def _together(parts):
-    """As bits: a CPU would put a stack in bfloat16 together in float32, in four times its memory."""
+    """As bits: a CPU would put bfloat16 together in float32, in four times the stack's memory."""
     bits = [lax.bitcast_convert_type(p, f"uint{8 * p.dtype.itemsize}") for p in parts]
     return lax.bitcast_convert_type(jnp.concatenate(bits), parts[0].dtype)
 
