@@ -20,8 +20,8 @@ WHOLE = {
     "v5e": {},
     "v5p": {"kontext": TEXT, "align": ("mllm", "transformer"), "unified": ("mllm",),
             "pdtr_edit_512": (*TEXT, "transformer"), "pdtr_t2i_512": (*TEXT, "transformer")},
-    "v6e": {"kontext": TEXT, "align": ("transformer",), "pdtr_edit_512": ("transformer",),
-            "pdtr_t2i_512": (*TEXT, "transformer")}}
+    "v6e": {"kontext": TEXT, "align": ("transformer",), "unified": ("mllm",),
+            "pdtr_edit_512": ("transformer",), "pdtr_t2i_512": (*TEXT, "transformer")}}
 
 
 def get_config(arguments: str = "kontext,512,v5p"):
