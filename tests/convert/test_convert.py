@@ -116,6 +116,13 @@ def test_a_large_stack_lies_in_pieces(clip, tmp_path, monkeypatch):
     same_tree(clip, tmp_path / "back")
 
 
+def test_a_stack_is_put_together_in_its_own_memory():
+    """And not as float32 where a processor has no bfloat16."""
+    parts = [jax.ShapeDtypeStruct((2, 64, 64), jnp.bfloat16)] * 14
+    assert jax.jit(store._together).lower(parts).compile().memory_analysis(
+        ).temp_size_in_bytes == 0
+
+
 def test_export_in_another_type(clip, tmp_path):
     """Every tensor is the cast of the one there was, the index of the new size."""
     shard(clip)
