@@ -309,12 +309,14 @@ def _reduced(figures, mask):
     figures = jax.tree.map(meshes.replicate, figures)
     counts = jnp.broadcast_to(meshes.replicate(mask)[:, None], figures["loss"].shape) > 0
 
-    def mean(a):  # an invalid sample's figures may be anything
-        return jnp.where(counts, a, 0).sum() / jnp.maximum(counts.sum(), 1)
+    def among(a, other):  # an invalid sample's figures may be anything
+        return jnp.where(counts, a, other)
 
-    reduced = {k: mean(a) for k, a in figures.items() if k != "log_ratio"}
+    reduced = {k: among(a, 0).sum() / jnp.maximum(counts.sum(), 1)
+               for k, a in figures.items() if k != "log_ratio"}
     if "mismatch" in figures:
-        reduced["mismatch_p99"] = jnp.quantile(figures["mismatch"].ravel(), 0.99)
-        reduced["mismatch_max"] = figures["mismatch"].max()
-        reduced["log_ratio_max"] = figures["log_ratio"].max()
+        reduced["mismatch_p99"] = jnp.where(
+            counts.any(), jnp.nanquantile(among(figures["mismatch"], jnp.nan), 0.99), 0)
+        reduced["mismatch_max"] = among(figures["mismatch"], 0).max()
+        reduced["log_ratio_max"] = among(figures["log_ratio"], 0).max()
     return reduced
