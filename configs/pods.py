@@ -17,7 +17,8 @@ TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # What is frozen and finds room on every chip: 11 GB of text encoders, a transformer of 5 and a
 # language model of 17.
 WHOLE = {
-    "v5e": {},
+    "v5e": {"align": ("transformer",), "pdtr_edit_512": ("transformer",),
+            "pdtr_t2i_512": ("transformer",)},
     "v5p": {"kontext": TEXT, "align": ("mllm", "transformer"), "unified": ("mllm",),
             "pdtr_edit_512": (*TEXT, "transformer"), "pdtr_t2i_512": (*TEXT, "transformer")},
     "v6e": {"kontext": TEXT, "align": ("transformer",), "unified": ("mllm",),
