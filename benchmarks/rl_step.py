@@ -7,8 +7,8 @@ cores: the parts of the step, each a program of its own, and the step as one pro
 the turns, after one that is not counted. "full" is Flow-GRPO in ten steps, nine of which train,
 with divergence from the reference; "window" trains two of them, without; "nft" is the recipe of
 configs/nano/rl_edit.py but that nothing is skipped, and "skip" that recipe itself. The update
-alone learns from drawn rewards, of which 59 % of the groups have equal ones, as in the runs of
-docs/reproduction.md; the whole step from the model's own, whose share of such groups is printed.
+alone learns from drawn rewards, of which 59 % of the groups have equal ones, about as in the runs
+of docs/reproduction.md; the whole step from the model's own, whose share of such groups is printed.
 """
 
 import argparse

@@ -332,17 +332,23 @@ def test_to_skip_what_teaches_nothing_changes_nothing(case):
             np.testing.assert_allclose(other[name], figure, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_what_teaches_nothing_is_not_computed():
-    """Half of the samples: pictures that are not numbers would otherwise reach the gradient."""
-    for c, finite in zip(skipping(NFT, micro_batches=2), (False, True)):
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_what_teaches_nothing_is_not_computed(updates, devices):
+    """Half of each device's samples, in every update: pictures that are not numbers would
+    otherwise reach the gradient."""
+    mesh = meshes.make(devices, 1, 1, devices=jax.devices()[:devices])
+    equals = np.isin(BATCH["group"], (1, 2))[:, None]
+    for c, finite in zip(skipping(NFT, updates=updates, micro_batches=2), (False, True)):
         run, update, _ = functions(c)
-        state = begin(c)
-        trajectory = run(state, FROZEN, BATCH, KEY)
-        equals = np.isin(BATCH["group"], (1, 2))[:, None]
-        trajectory = trajectory.replace(
-            latents=jnp.where(equals, jnp.nan, trajectory.latents))
-        after, _ = update(state, FROZEN, BATCH, trajectory, half_taught(), np.ones(toy.B, bool),
-                          KEY)
+        with jax.set_mesh(mesh):
+            batch = jax.tree.map(
+                lambda a: jax.device_put(a, meshes.batch_sharding(mesh, a.ndim)), BATCH)
+            state, frozen = jax.device_put((begin(c), FROZEN), jax.NamedSharding(mesh, jax.P()))
+            trajectory = run(state, frozen, batch, KEY)
+            broken = jnp.where(equals, jnp.nan, trajectory.latents)
+            after, _ = update(state, frozen, batch, trajectory.replace(latents=broken),
+                              half_taught(), np.ones(toy.B, bool), KEY)
         assert (after.skipped == 0) == finite
 
 
