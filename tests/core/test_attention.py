@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from unipic_jax.core import attention as module
-from unipic_jax.core import mesh
+from unipic_jax.core import mesh, remat
 from unipic_jax.core.attention import attention
 from unipic_jax.core.splash import splash
 
@@ -140,6 +142,18 @@ def test_the_best_one_is_chosen_for_the_platform(platform, asked, want, monkeypa
     x = jnp.zeros((1, 100 if "short" in asked else 512, 2, 64),
                   jnp.float32 if "float32" in asked else jnp.bfloat16)
     assert module._choose(x, x, set(asked) - {"short", "float32"}) == want
+
+
+def test_a_layer_keeps_what_the_gpus_kernel_needs(monkeypatch):
+    """Its gradient runs the kernel forwards once, and not again; traced, for no GPU is here."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    x = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
+    for policy, runs in (("attention", 1), ("full", 2)):
+        layer = remat.remat(lambda x: attention(x, x, x, implementation="cudnn").sum(), policy)
+        made = jax.make_jaxpr(jax.value_and_grad(layer))(x)
+        needed, _ = dce_jaxpr(made.jaxpr, [True] * len(made.jaxpr.outvars))
+        assert str(needed).count("= dot_product_attention_fwd") == runs
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_the_kernel_compiles_forward_and_backward(mesh, causal):
         traced = step.trace(x, x, x, *[numbers] * (2 * causal))
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     text = compiled.as_text()
-    assert text.count("tpu_custom_call") >= 3  # forward, and two of the gradient
+    assert text.count("tpu_custom_call") >= 2  # forward, and one of the gradient
     # No scores are ever held: they would be 1357 x 1357 of each of 4 heads.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1357 * 1357 * 2
 

@@ -7,7 +7,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from unipic_jax.core import mesh as meshes
-from unipic_jax.core import splash
+from unipic_jax.core import remat, splash
+from unipic_jax.core.attention import attention
 from unipic_jax.plan import count
 
 
@@ -66,8 +67,8 @@ def test_products_fill_the_unit_or_do_not():
 
 
 def test_the_attention_kernel_counts_by_its_grid():
-    """Two products forwards; backwards five, of which dq and dk with dv have the scores anew, and
-    the gradient of the probabilities too: seven, and the sums of outputs with their gradients."""
+    """Two products forwards; backwards five, as one kernel has the scores anew for all gradients,
+    and the sums of outputs with their gradients. What is kept is not computed again."""
     B, T, S, H, K = 2, 1024, 512, 2, 64
     q, k = jnp.zeros((B, T, H, K)), jnp.zeros((B, S, H, K))
 
@@ -76,8 +77,21 @@ def test_the_attention_kernel_counts_by_its_grid():
 
     one = 2 * B * H * T * S * K
     assert count.operations(jax.make_jaxpr(f)(q, k, k), 1).total == 2 * one
-    both = count.operations(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, k, k), 1)
-    assert both.total == (2 + 7) * one + 2 * B * H * T * K
+    for policy, again in (("none", 0), ("attention", 0), ("full", 2)):
+        slopes = jax.value_and_grad(remat.remat(f, policy), (0, 1, 2))
+        both = count.operations(jax.make_jaxpr(slopes)(q, k, k), 1)
+        assert both.total == (2 + 5 + again) * one + 2 * B * H * T * K
+
+
+def test_layers_on_a_mesh_keep_what_their_kernel_needs():
+    B, T, H, K, layers = 8, 512, 2, 64, 3
+    mesh = meshes.make(data=2, fsdp=4)
+    x = jax.ShapeDtypeStruct((B, T, H, K), jnp.float32, sharding=meshes.batch_sharding(mesh, 4))
+    layer = remat.remat(lambda x, _: (attention(x, x, x, implementation="splash"), None),
+                        "attention")
+    with jax.set_mesh(mesh):
+        made = jax.make_jaxpr(jax.grad(lambda x: lax.scan(layer, x, length=layers)[0].sum()))(x)
+    assert count.operations(made, 1).total == layers * (7 * 2 * T + 2) * B * H * T * K
 
 
 def test_shards_count_on_all_devices():

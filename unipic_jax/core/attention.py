@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from unipic_jax.core import mesh as meshes
+from unipic_jax.core.remat import ATTENTION
 from unipic_jax.core.splash import LANES, splash
 
 BLOCK = 256  # queries a block: a head's scores for them stay in a core's cache
@@ -49,7 +51,7 @@ def attention(
         same = (segments[0][:, :, None] == segments[1][:, None])[:, None]
         mask, segments = same if mask is None else mask & same, None
     if implementation == "xla":
-        return _xla(q, k, v, bias, mask, causal=causal, scale=scale)
+        return checkpoint_name(_xla(q, k, v, bias, mask, causal=causal, scale=scale), ATTENTION)
     if implementation == "cudnn":
         local, more = functools.partial(_cudnn, scale=scale), ()
     elif implementation == "splash":
@@ -57,6 +59,13 @@ def attention(
     else:
         local = functools.partial(_blockwise, causal=causal, scale=scale)
         more = () if mask is None else (mask[(None,) * (4 - mask.ndim)],)
+    out = _on_each_device(local, q, k, v, *more, check_vma=implementation != "splash")
+    fused = implementation in ("cudnn", "splash")  # keeps more, which `core.remat` knows
+    return out if fused else checkpoint_name(out, ATTENTION)
+
+
+def _on_each_device(local, q, k, v, *more, check_vma):
+    """local(q, k, v, *more) on the devices' own sequences and heads."""
     spec = meshes.spec_of(q)
     if spec is None:
         return local(q, k, v, *more)
@@ -64,9 +73,8 @@ def attention(
     specs = [spec] * 3 + [P(spec[0], None) if a.ndim == 2 else P(
         *(n if d > 1 else None for n, d in zip((spec[0], spec[2]), a.shape)), None, None)
         for a in more]
-    # The kernels do not say over which axes their outputs vary.
-    return jax.shard_map(local, in_specs=tuple(specs), out_specs=spec,
-                         check_vma=implementation != "splash")(
+    # Splash's kernels do not say over which axes their outputs vary.
+    return jax.shard_map(local, in_specs=tuple(specs), out_specs=spec, check_vma=check_vma)(
         *(jax.reshard(a, s) for a, s in zip((q, k, v, *more), specs)))
 
 

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from unipic_jax.core.remat import ATTENTION
+
 LANES = 128  # sequences are padded to multiples of this
 BLOCK = 512  # queries, and keys, a block at most; larger ones waste more of their padding
 HEAD = 64  # sizes of heads are padded to multiples of this
+WIDE = 5  # blocks of keys at most that a part of the gradient of the queries is of
 
 
 def splash(
@@ -18,10 +21,14 @@ def splash(
     """softmax(scale q k^T) v, as `core.attention` has it, on one device.
 
     queries [B, T] and keys [B, S], int of 0 or more, are the segments; each query has a key of its
-    own. `interpret` runs the kernel on any platform, slowly.
+    own. `interpret` runs the kernel on any platform, slowly. What the gradient needs of the
+    forward kernel is named for `core.remat`, so that it need not run twice.
     """
     (B, T, H, K), S = q.shape, k.shape[1]
     (t, block_q), (s, block_k) = map(_padded, (T, S))
+    # One kernel makes all gradients. Those of the queries come in parts, one a wide block of keys,
+    # and are summed outside of it.
+    wide = block_k * max(n for n in range(1, WIDE + 1) if s // block_k % n == 0)
 
     def heads_first(x, length):  # [B, T, H, K] -> [B, H, length, K]
         padding = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, -K % HEAD))
@@ -37,9 +44,9 @@ def splash(
     allowed = masks.CausalMask((t, s), S - T) if causal else masks.FullMask((t, s))
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([allowed] * H), head_shards=1, q_seq_shards=1, interpret=interpret,
-        block_sizes=kernels.BlockSizes(
-            block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=block_k,
-            block_q_dq=block_q, block_kv_dq=block_k))
+        residual_checkpoint_name=ATTENTION, block_sizes=kernels.BlockSizes(
+            block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=wide,
+            block_kv_dkv_compute=block_k, use_fused_bwd_kernel=True))
     q = heads_first(q * jnp.asarray(scale, q.dtype), t)
     out = jax.vmap(kernel)(q, heads_first(k, s), heads_first(v, s), segments)
     return out.swapaxes(1, 2)[:, :T, :, :K]

@@ -9,7 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from unipic_jax.core import config, ops
 from unipic_jax.core import remat as remats
@@ -70,8 +69,7 @@ def apply(cfg: Config, params: Tree, states: jax.Array, *, remat: str = "none"):
     def layer(x, p):
         y = ops.layer_norm(x, p["norm1"], eps=cfg.layer_norm_eps)
         q, k, v = (ops.linear(p[n], y).reshape(B, S, cfg.num_attention_heads, -1) for n in "qkv")
-        y = checkpoint_name(attention(q, k, v).reshape(B, S, -1), "attention")
-        x = x + ops.linear(p["out"], y)
+        x = x + ops.linear(p["out"], attention(q, k, v).reshape(B, S, -1))
         y = ops.layer_norm(x, p["norm2"], eps=cfg.layer_norm_eps)
         return x + ops.feed_forward(p, y, jax.nn.gelu), None
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from unipic_jax.core import config, ops
 from unipic_jax.core import mesh as meshes
@@ -251,7 +250,7 @@ def _qkv(cfg, p, x):
 
 def _attend(q, k, v):
     out = attention(q, k, v)
-    return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")  # [B, T, D]
+    return out.reshape(*out.shape[:2], -1)  # [B, T, D]
 
 
 @jax.named_scope("block")

@@ -1,13 +1,15 @@
 """The floating-point operations that a program carries out, counted from its jaxpr.
 
-Loops count as often as they run, what is computed again for the backward counts again, and the
-kernels that XLA's cost analysis does not see into count by their grid.
+Loops count as often as they run, what is computed again for the backward counts again, what
+nothing needs does not, and the kernels that XLA's cost analysis does not see into count by their
+grid.
 """
 
 import math
 from typing import NamedTuple
 
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 class Operations(NamedTuple):
@@ -25,7 +27,8 @@ class Operations(NamedTuple):
 
 def operations(jaxpr: core.ClosedJaxpr, width: int) -> Operations:
     """Of a program, for a matrix unit of `width` x `width`; of branches the costliest."""
-    return _of_jaxpr(jaxpr.jaxpr, width)
+    needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return _of_jaxpr(needed, width)
 
 
 def _of_jaxpr(jaxpr, width) -> Operations:

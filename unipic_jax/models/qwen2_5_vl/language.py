@@ -6,7 +6,6 @@ Reference: `Qwen2_5_VLTextModel` of transformers.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from unipic_jax.core import mesh as meshes
@@ -65,8 +64,7 @@ def apply(
             kv = tuple(lax.dynamic_update_slice(old, new[None], (number, 0, index, 0, 0))
                        for old, new in zip(kv, (k, v)))
             k, v = (lax.dynamic_index_in_dim(a, number, keepdims=False) for a in kv)
-        y = checkpoint_name(attention(q, k, v, **allowed).reshape(B, S, -1), "attention")
-        x = x + ops.linear(p["out"], y)
+        x = x + ops.linear(p["out"], attention(q, k, v, **allowed).reshape(B, S, -1))
         y = ops.rms_norm(x, p["norm2"], eps=cfg.rms_norm_eps)
         return (x + ops.feed_forward(p, y, jax.nn.silu), kv), None
 
