@@ -144,6 +144,47 @@ def test_what_crosses_slices():
     assert hlo.collectives(ACROSS) == [("all-reduce", 2, 1, 64 * 8 * 128 * 4, True)]
 
 
+DIVIDED = """HloModule m
+
+%begin (a0: f32[8,128]) -> (f32[8,128], f32[32,128], s32[2]) {
+  %a0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %all.1 = f32[32,128]{1,0:T(8,128)} all-gather(%a0), channel_id=7, replica_groups=[2,4]<=[8]
+  ROOT %to.1 = (f32[8,128], f32[32,128], s32[2]) custom-call(%all.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b0: f32[8,128], b1: f32[32,128]) -> (f32[8,128], f32[32,128]) {
+  %b0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b1 = f32[32,128]{1,0:T(8,128)} parameter(1)
+  %twice = f32[8,128]{1,0:T(8,128)} add(%b0, %b0)
+  %all.2 = f32[32,128]{1,0:T(8,128)} all-gather(%b0), channel_id=7, replica_groups=[2,4]<=[8]
+  ROOT %to.2 = (f32[8,128], f32[32,128]) tuple(%twice, %all.2)
+}
+
+%end (c0: f32[8,128], c1: f32[32,128]) -> f32[32,128] {
+  %c0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %c1 = f32[32,128]{1,0:T(8,128)} parameter(1)
+  %all.3 = f32[32,128]{1,0:T(8,128)} all-gather(%c0), channel_id=7, replica_groups=[2,4]<=[8]
+  ROOT %to.3 = f32[32,128]{1,0:T(8,128)} custom-call(%c0, %c1, %all.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[8,128]) -> f32[32,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %start = (f32[8,128], f32[32,128], s32[2]) fusion(%x), kind=kCustom, calls=%begin
+  %space = f32[32,128]{1,0:T(8,128)} get-tuple-element(%start), index=1
+  %step = (f32[8,128], f32[32,128]) fusion(%x, %space), kind=kOutput, calls=%beside
+  %rest = f32[32,128]{1,0:T(8,128)} get-tuple-element(%step), index=1
+  ROOT %out = f32[32,128]{1,0:T(8,128)} fusion(%x, %rest), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_is_divided_among_fusions_counts_once():
+    """As the TPU's compiler hides one behind others' work: all three fusions hold it."""
+    assert hlo.collectives(DIVIDED) == [("all-gather", 4, 1, 32 * 128 * 4, False)]
+
+
 @pytest.mark.parametrize(("groups", "size"), [
     ("replica_groups={{0,1},{2,3}}", 2), ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
     ("replica_groups=mesh['a'=2,'b'=3] {'b'}", 3), ("channel_id=1", 1)])

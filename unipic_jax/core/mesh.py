@@ -6,6 +6,7 @@ The batch is spread over `data` and `fsdp`.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -101,18 +102,37 @@ def gather(w: jax.Array) -> jax.Array:
     return jax.reshard(w, P(*(None if a == "fsdp" else a for a in spec)))
 
 
+def summed(product: Callable[..., jax.Array], x: jax.Array, w: jax.Array) -> jax.Array:
+    """product(out_sharding=...), the gradient of a weight w that sums over the rows of x, lying
+    as w does.
+
+    Over `fsdp` each device gets the sum of its own part alone, and of that the sum over `data`:
+    half of what crosses between devices where all of it is summed everywhere.
+    """
+    spec, rows = spec_of(w), axes_of_rows(x)
+    if "fsdp" not in rows or "fsdp" not in spec:
+        return product(out_sharding=spec)
+    parts = product(out_sharding=P(*(None if a == "fsdp" else a for a in spec), unreduced=rows))
+    return jax.reshard(jax.reshard(parts, P(*spec, unreduced=rows - {"fsdp"})), spec)
+
+
 def whole_rows(x: jax.Array) -> jax.Array:
     """x [B, ...] split along its batch alone."""
     spec = spec_of(x)
     return x if spec is None else jax.reshard(x, P(spec[0], *[None] * (x.ndim - 1)))
 
 
-def row_parts(x: jax.Array) -> int:
-    """Over how many devices the leading axis of x is split."""
+def axes_of_rows(x: jax.Array) -> set[str]:
+    """The axes of the mesh over which the leading axis of x is split."""
     spec = spec_of(x)
     names = spec[0] if spec else None
+    return {names} if isinstance(names, str) else {*(names or ())}
+
+
+def row_parts(x: jax.Array) -> int:
+    """Over how many devices the leading axis of x is split."""
     sizes = dict(jax.typeof(x).sharding.mesh.shape)
-    return math.prod(sizes[n] for n in ([names] if isinstance(names, str) else names or ()))
+    return math.prod(sizes[axis] for axis in axes_of_rows(x))
 
 
 def replicate(w: jax.Array) -> jax.Array:

@@ -42,7 +42,7 @@ def _product_backward(out, kept, g):
     transposes all of g for that."""
     x, kernel = kept
     return (jnp.einsum("...f,df->...d", g, kernel, out_sharding=meshes.spec_of(x)),
-            jnp.einsum("...d,...f->df", x, g, out_sharding=meshes.spec_of(kernel)))
+            meshes.summed(functools.partial(jnp.einsum, "...d,...f->df", x, g), x, kernel))
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -23,6 +23,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|"
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _GROUPS = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _NETWORK = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SLICES = re.compile(r'_xla_megascale_target="\{([0-9,]*)\}')
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
@@ -49,15 +50,19 @@ class Moved(NamedTuple):
 def collectives(text: str) -> list[Moved]:
     """What one run of the program moves, by kind and group, the most bytes first.
 
-    Asynchronous collectives count once, where they start. The size is that of what a device holds
-    after: of an all-gather the whole, of a reduce-scatter a part. Those between slices go by way of
-    the hosts, and their groups are of slices.
+    Asynchronous collectives count once, where they start; those that XLA divides among fusions,
+    which hold what they do in turn, have one channel in all of them. The size is that of what a
+    device holds after: of an all-gather the whole, of a reduce-scatter a part. Those between slices
+    go by way of the hosts, and their groups are of slices.
     """
     module, entry = parse(text)
-    counts, sizes = collections.Counter(), collections.Counter()
+    counts, sizes, first = collections.Counter(), collections.Counter(), {}
     for op, times in _run(module, entry, 1, inside=True):
         kind, across = op.opcode.removesuffix("-start"), _NETWORK.search(op.rest)
         if kind in COLLECTIVES:
+            channel = _CHANNEL.search(op.rest)
+            if channel and first.setdefault(channel[1], op) != op:
+                continue
             key = kind, group_size(op.rest), False
             size = _result_bytes(op, kind)
         elif op.opcode == "recv" and across:
