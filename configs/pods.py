@@ -15,10 +15,10 @@ from pathlib import Path
 CHIPS = {"v5e": 256, "v5p": 64, "v6e": 256}
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # What is frozen and finds room on every chip: 11 GB of text encoders, a transformer of 5 and a
-# language model of 17. Of some stages at one size only, "STAGE,PIXELS".
+# language model of 17.
 WHOLE = {
-    "v5e": {"kontext,512": ("text_encoder_3",), "align": ("transformer",),
-            "pdtr_edit_512": ("transformer",), "pdtr_t2i_512": ("transformer",)},
+    "v5e": {"align": ("transformer",), "pdtr_edit_512": ("transformer",),
+            "pdtr_t2i_512": ("transformer",)},
     "v5p": {"kontext": TEXT, "align": ("mllm", "transformer"), "unified": ("mllm",),
             "pdtr_edit_512": (*TEXT, "transformer"), "pdtr_t2i_512": (*TEXT, "transformer")},
     "v6e": {"kontext": TEXT, "align": ("transformer",), "unified": ("mllm",),
@@ -33,8 +33,7 @@ def get_config(arguments: str = "kontext,512,v5p"):
     # that a chip keeps together, and XLA would sum them up in place of gathering them, at twice
     # the traffic.
     config.mesh = {"data": -1, "fsdp": 16, "tensor": 1}
-    whole = WHOLE[generation]
-    config.whole = whole.get(f"{stage},{pixels}", whole.get(stage, ()))
+    config.whole = WHOLE[generation].get(stage, ())
     # The paper's batch, or a sample a chip where that is more; rates follow its square root.
     grown = max(1, CHIPS[generation] / config.batch)
     config.batch = round(config.batch * grown)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -102,18 +103,22 @@ def gather(w: jax.Array) -> jax.Array:
     return jax.reshard(w, P(*(None if a == "fsdp" else a for a in spec)))
 
 
-def summed(product: Callable[..., jax.Array], x: jax.Array, w: jax.Array) -> jax.Array:
-    """product(out_sharding=...), the gradient of a weight w that sums over the rows of x, lying
-    as w does.
+def summed(product: Callable, x: jax.Array, g: jax.Array, w: jax.Array) -> jax.Array:
+    """product(x, g), the gradient of a weight w and a sum over rows, lying as w does.
 
     Over `fsdp` each device gets the sum of its own part alone, and of that the sum over `data`:
     half of what crosses between devices where all of it is summed everywhere.
     """
     spec, rows = spec_of(w), axes_of_rows(x)
     if "fsdp" not in rows or "fsdp" not in spec:
-        return product(out_sharding=spec)
-    parts = product(out_sharding=P(*(None if a == "fsdp" else a for a in spec), unreduced=rows))
-    return jax.reshard(jax.reshard(parts, P(*spec, unreduced=rows - {"fsdp"})), spec)
+        return product(x, g, out_sharding=spec)
+
+    def local(x, g):
+        own = lax.psum_scatter(product(x, g), "fsdp", scatter_dimension=spec.index("fsdp"),
+                               tiled=True)
+        return lax.psum(own, tuple(rows - {"fsdp"}))
+
+    return jax.shard_map(local, out_specs=spec)(x, g)
 
 
 def whole_rows(x: jax.Array) -> jax.Array:

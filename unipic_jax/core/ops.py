@@ -24,13 +24,15 @@ def linear(p: dict, x: jax.Array) -> jax.Array:
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     kernel = quantize.dense(kernel, x.dtype)
     xs, ks = meshes.spec_of(x), meshes.spec_of(kernel)
-    out = P(*xs[:-1], ks[1]) if xs is not None and xs[-1] is not None else None
+    out = None
+    if xs is not None and xs[-1] is not None:
+        out = P(*xs[:-1], None if ks[1] == "fsdp" else ks[1])
     return _product(x, kernel, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, kernel, out):
-    return jnp.einsum("...d,df->...f", x, kernel, out_sharding=out)
+    return jnp.einsum("...d,df->...f", x, meshes.gather(kernel), out_sharding=out)
 
 
 def _product_forward(x, kernel, out):
@@ -39,10 +41,10 @@ def _product_forward(x, kernel, out):
 
 def _product_backward(out, kept, g):
     """As JAX has it, but for the kernel's gradient: JAX makes its transpose, and a CPU then
-    transposes all of g for that."""
+    transposes all of g for that; and it sums it on every device before it is split."""
     x, kernel = kept
-    return (jnp.einsum("...f,df->...d", g, kernel, out_sharding=meshes.spec_of(x)),
-            meshes.summed(functools.partial(jnp.einsum, "...d,...f->df", x, g), x, kernel))
+    dx = jnp.einsum("...f,df->...d", g, meshes.gather(kernel), out_sharding=meshes.spec_of(x))
+    return dx, meshes.summed(functools.partial(jnp.einsum, "...d,...f->df"), x, g, kernel)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -45,10 +45,11 @@ def abstract(specs: Tree, dtype, mesh=None) -> Tree:
 
 
 def dense(kernel, dtype) -> jax.Array:
-    """All of a kernel along `fsdp`, in `dtype`, whether it is quantized or not."""
+    """A kernel in `dtype`, whether it is quantized or not; if so, all of it along `fsdp`, for as
+    integers it is less to gather."""
     if hasattr(kernel, "qvalue"):
         return _qwix().dequantize(jax.tree.map(meshes.gather, kernel)).astype(dtype)
-    return meshes.gather(kernel.astype(dtype))
+    return kernel.astype(dtype)
 
 
 def _is_kernel(path, array):

@@ -50,18 +50,17 @@ class Moved(NamedTuple):
 def collectives(text: str) -> list[Moved]:
     """What one run of the program moves, by kind and group, the most bytes first.
 
-    Asynchronous collectives count once, where they start; those that XLA divides among fusions,
-    which hold what they do in turn, have one channel in all of them. The size is that of what a
-    device holds after: of an all-gather the whole, of a reduce-scatter a part. Those between slices
-    go by way of the hosts, and their groups are of slices.
+    Asynchronous collectives count once, where they start, those too that XLA divides among
+    fusions. The size is that of what a device holds after: of an all-gather the whole, of a
+    reduce-scatter a part. Those between slices go by way of the hosts, and their groups are of
+    slices.
     """
     module, entry = parse(text)
-    counts, sizes, first = collections.Counter(), collections.Counter(), {}
+    counts, sizes, later = collections.Counter(), collections.Counter(), _later(module)
     for op, times in _run(module, entry, 1, inside=True):
         kind, across = op.opcode.removesuffix("-start"), _NETWORK.search(op.rest)
         if kind in COLLECTIVES:
-            channel = _CHANNEL.search(op.rest)
-            if channel and first.setdefault(channel[1], op) != op:
+            if op in later:
                 continue
             key = kind, group_size(op.rest), False
             size = _result_bytes(op, kind)
@@ -76,6 +75,20 @@ def collectives(text: str) -> list[Moved]:
         sizes[key] += times * size
     return sorted((Moved(*key[:2], counts[key], size, key[2]) for key, size in sizes.items()),
                   key=lambda m: -m.size)
+
+
+def _later(module):
+    """The collectives in fusions that go on with, or end, one that another fusion has begun: those
+    of its channel that start nothing."""
+    begin = {where for where, body in module.items()
+             if any('"AsyncCollectiveStart"' in op.rest for op in body)}
+    fused = {dict(_attributes(op.rest)).get("calls") for body in module.values() for op in body
+             if op.opcode == "fusion"}
+    channels = {where: {op: _CHANNEL.search(op.rest) for op in module.get(where, ())}
+                for where in fused}
+    begun = {found[1] for where in begin & fused for found in channels[where].values() if found}
+    return {op for where in fused - begin for op, found in channels[where].items()
+            if found and found[1] in begun}
 
 
 def traffic(text: str) -> float:
