@@ -50,3 +50,20 @@ def test_the_gradients_of_a_feed_forward(mesh, gated):
         assert got[2].sharding.spec == x.sharding.spec
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("spec", [P("fsdp", "tensor"), P("tensor", "fsdp"), P(None, "fsdp")])
+def test_a_gradient_is_summed_where_its_part_lies(spec):
+    """Over `fsdp` by a reduce-scatter; an all-reduce would bring all of it to every device."""
+    mesh = meshes.make(data=2, fsdp=2, tensor=2)
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((8, 3, 16), (16, 32))))
+    slope = jax.jit(jax.grad(lambda w, x: (ops.linear({"kernel": w}, x) ** 2).sum()))
+    want = slope(w, x)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, jax.NamedSharding(mesh, P(
+            meshes.BATCH, None, "tensor" if spec[0] == "tensor" else None)))
+        w = jax.device_put(w, jax.NamedSharding(mesh, spec))
+        found, program = slope(w, x), slope.lower(w, x).as_text()
+    assert program.count("reduce_scatter") == 1
+    assert found.sharding.spec == spec
+    np.testing.assert_allclose(found, want, rtol=2e-5, atol=2e-4)

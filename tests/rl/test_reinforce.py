@@ -111,6 +111,7 @@ def test_fewer_prompts_than_devices(model, tmp_path, monkeypatch):
     ({"rl.reward": {"judge": 1.0}}, "the reward of a judge needs its folder"),
     ({"rl.objective": "ppo"}, "rl.objective 'ppo': choose from grpo, nft"),
     ({"rl.group": 3}, "a batch of 16 does not divide into groups of 3"),
+    ({"rl.learn.updates": 3}, "a batch of 16 does not divide into 3 updates of 1 micro-batches"),
     ({"trained": ("vae",)}, "reinforcement trains the transformer")])
 def test_what_does_not_fit_is_said(model, tmp_path, changes, said):
     with pytest.raises(InputError, match=said):

@@ -69,7 +69,7 @@ def _train(config, here, task, mesh, trained, frozen):
 def _reinforce(config, here, task, mesh, trained, frozen):
     if config.rl.task not in (task, "both"):
         raise InputError(f"--task {task}: this stage reinforces {config.rl.task}")
-    recipe.check(config, here)
+    recipe.check(config, here, mesh)
     count = config.batch // config.rl.group * recipe.copies(config, mesh)
     example = _example(config, task)
     prompts = here.collate[task]([example])

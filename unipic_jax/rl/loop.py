@@ -40,7 +40,7 @@ def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bo
     mesh = loop.open_mesh(config)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         here = stage.open_stage(config)
-        recipe.check(config, here)
+        recipe.check(config, here, mesh)
         judge, asked = None, None
         if recipe.JUDGE in config.rl.reward and not config.rl.server.url:
             judge = stage.open_judge(*[load.find(config.judge)] * 2)

@@ -47,8 +47,8 @@ def sampling(config) -> rollout.Config:
     return rollout.Config(**dict(config.rl.sampling) | {"span": tuple(config.rl.sampling.span)})
 
 
-def check(config, stage: Stage) -> None:
-    """Raises InputError where a stage cannot be reinforced as the config says."""
+def check(config, stage: Stage, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError where a stage cannot be reinforced on a mesh as the config says."""
     if tuple(stage.trained) != ("transformer",) or config.fresh:
         raise InputError("reinforcement trains the transformer, or its adapters, and nothing else")
     if config.rl.task not in TASKS:
@@ -72,6 +72,10 @@ def check(config, stage: Stage) -> None:
     if config.rl.group < 2 or config.batch % config.rl.group:
         raise InputError(f"a batch of {config.batch} does not divide into groups of "
                          f"{config.rl.group}, which are of 2 or more")
+    updates, devices = learning(config).updates, mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch % (updates * config.micro_batches * devices):
+        raise InputError(f"a batch of {config.batch} does not divide into {updates} updates of "
+                         f"{config.micro_batches} micro-batches over {devices} devices")
 
 
 class Functions(NamedTuple):
