@@ -130,8 +130,8 @@ but for what a matrix unit wastes on heads of 64; what is read from and written 
 crosses the interconnect, over all links of a chip at once. Memory is the peak of a device, in GiB;
 times are in milliseconds; MFU counts no operation twice, and "again" is how many more are done, by
 rematerialization and by padding. "Quick" plans were compiled at the least effort
-(`JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1`), and may show more traffic of the memory, and less between
-chips, than there would be.
+(`JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1`), and may show more traffic of the memory than there would
+be.
 
 | stage | pixels | topology | batch | memory | compute | HBM | ICI | bound by | images/s/chip | \
 MFU | again | |
