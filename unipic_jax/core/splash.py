@@ -1,8 +1,11 @@
 """TPUs' splash attention, from JAX's own library of kernels: scores never leave the chip's vector
 memory, in the gradient neither."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -42,14 +45,40 @@ def splash(
         jnp.pad(queries.astype(jnp.int32), ((0, 0), (0, t - T)), mode="edge"),
         jnp.pad(keys.astype(jnp.int32), ((0, 0), (0, s - S)), constant_values=-1))
     allowed = masks.CausalMask((t, s), S - T) if causal else masks.FullMask((t, s))
-    kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([allowed] * H), head_shards=1, q_seq_shards=1, interpret=interpret,
-        residual_checkpoint_name=ATTENTION, block_sizes=kernels.BlockSizes(
+    make = functools.partial(
+        kernels.make_splash_mha, masks.MultiHeadMask([allowed] * H), head_shards=1,
+        q_seq_shards=1, interpret=interpret, block_sizes=kernels.BlockSizes(
             block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=wide,
             block_kv_dkv_compute=block_k, use_fused_bwd_kernel=True))
+
+    def flat(out):  # [B, H, t, K] -> [B, T, H * K]
+        return out.swapaxes(1, 2)[:, :T, :, :K].reshape(B, T, H * K)
+
+    # The library's own gradient keeps the output as the kernel writes it, whose small heads are
+    # padded to twice their size in memory. Here it is kept flat.
+    @jax.custom_vjp
+    def attend(kernel, q, k, v, segments):
+        return flat(jax.vmap(make())(q, k, v, segments))
+
+    def forward(kernel, q, k, v, segments):
+        out, (logsumexp,) = jax.vmap(kernel)(q, k, v, segments)
+        out, logsumexp = (checkpoint_name(a, ATTENTION) for a in (flat(out), logsumexp))
+        return out, (kernel, q, k, v, segments, out, logsumexp)
+
+    def backward(kept, slope):
+        kernel, q, k, v, segments, out, logsumexp = kept
+        out, slope = (heads_first(a.reshape(B, T, H, K), t) for a in (out, slope))
+
+        def gradients(q, k, v, segments, out, logsumexp, slope):
+            kept = q, k, v, segments, None, out, logsumexp, None, kernel.dkv_mask_info
+            return kernels._splash_attention_bwd(**kernel.kwargs, res=kept, do=slope)[3:6]
+
+        return None, *jax.vmap(gradients)(q, k, v, segments, out, logsumexp, slope), None
+
+    attend.defvjp(forward, backward)
     q = heads_first(q * jnp.asarray(scale, q.dtype), t)
-    out = jax.vmap(kernel)(q, heads_first(k, s), heads_first(v, s), segments)
-    return out.swapaxes(1, 2)[:, :T, :, :K]
+    out = attend(make(save_residuals=True), q, heads_first(k, s), heads_first(v, s), segments)
+    return out.reshape(B, T, H, K)
 
 
 def _padded(length: int) -> tuple[int, int]:
