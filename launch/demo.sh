@@ -8,9 +8,9 @@ source "$(dirname "$0")/cpu.sh"
 step() { printf '\n== %s\n' "$*"; }
 run() { printf '$ %s\n' "$*" && "$@"; }
 
-step "A model that draws and cannot edit learns to; its autoencoder is frozen"
+step "A transformer that draws and cannot edit learns to; text encoders and autoencoder are frozen"
 nano=$(dirname "$0")/../unipic_jax/nano
-cp -r "$nano/kontext" "$out/base" && cp -r "$nano"/base/* "$out/base"
+cp -r "$nano/kontext" "$out/base" && cp "$nano"/base/transformer/* "$out/base/transformer"
 run unipic train --config configs/nano/demo.py --workdir "$out/run" --config.model="$out/base"
 
 step "To the released layout"

@@ -1,4 +1,5 @@
-"""A few minutes of stage B on nano: the shipped text-to-image model learns to edit.
+"""A few minutes of stage B on nano: the shipped text-to-image transformer learns to edit, with the
+shipped Kontext model's text encoders, which know instructions.
 
     unipic train --config configs/nano/demo.py --workdir DIR --config.model=BASE
 """
@@ -8,7 +9,7 @@ from unipic_jax.train.config import nano
 
 def get_config():
     config = nano(generate=1.0, edit=1.0)
-    config.trained = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    config.trained = ("transformer",)
     config.batch, config.steps = 32, 500
     config.ema = 0.99
     config.samples.update({"at_start": True, "blocks": 8})

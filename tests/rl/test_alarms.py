@@ -31,7 +31,7 @@ def test_a_sound_run_is_quiet(caplog, tmp_path):
 
 @pytest.mark.parametrize(("figure", "value", "text"), [
     ("diversity", 0.29, "differ by 0.290 where they differed by 0.600"),
-    ("collapsed", 0.6, "all rewards are equal in 60% of the groups"),
+    ("collapsed", 0.8, "all rewards are equal in 80% of the groups"),
     ("clip_above", 0.45, "55% of the ratios are clipped"),
     ("mismatch", 0.02, "differ by 0.02 in the log-probability")])
 def test_each_thing_is_said_once(figure, value, text, caplog, tmp_path):

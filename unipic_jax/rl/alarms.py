@@ -9,7 +9,7 @@ from typing import Any
 FIRST = 3  # rollouts whose mean the later ones are compared with
 LEAST_DIVERSITY = 0.5  # of that of the first rollouts
 LEAST_QUALITY = 0.9  # of that of the first evaluation
-MOST_COLLAPSED = 0.5  # of the groups
+MOST_COLLAPSED = 0.75  # of the groups; of small ones half is usual
 MOST_CLIPPED = 0.5  # of the samples
 MOST_MISMATCH = 0.01  # of the log-probability as rollout and training have it, in the mean
 
