@@ -55,7 +55,8 @@ def splash(
         return out.swapaxes(1, 2)[:, :T, :, :K].reshape(B, T, H * K)
 
     # The library's own gradient keeps the output as the kernel writes it, whose small heads are
-    # padded to twice their size in memory. Here it is kept flat.
+    # padded to twice their size in memory. Here it is kept flat; the library has no public name for
+    # the kernel of the gradients.
     @jax.custom_vjp
     def attend(kernel, q, k, v, segments):
         return flat(jax.vmap(make())(q, k, v, segments))
