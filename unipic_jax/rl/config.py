@@ -61,7 +61,7 @@ def nano(task: str) -> ConfigDict:
     config.rl.sampling.update({"steps": 5, "noise": 0.0, "window": 1})
     if task == "edit":
         config.rl.group = 4
-        config.rl.sampling.span, config.rl.learn.passes = (1, 3), 2
+        config.rl.sampling.span, config.rl.learn.passes = (1, 4), 2
     config.rl.learn.keep = 2.0 if task == "generate" else 0.0
     # Scored as the policy samples.
     config.samples.update(dict(small.samples) | {"every": 50, "at_start": True, "steps": 5,

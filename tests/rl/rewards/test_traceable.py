@@ -56,6 +56,23 @@ def test_edit_score_is_its_formula(target, result, preserved, jaccard):
     assert score_of(BEFORE, target, result) == pytest.approx(preserved / 4 + jaccard * 3 / 4)
 
 
+@pytest.mark.parametrize(("changed", "share"), [(True, 0.0), (True, 0.3), (True, 0.4), (False, 0.4)])
+def test_an_edit_is_worth_more_the_clearer_it_is(changed, share):
+    """`share` of another colour is mixed into the cell that changes, or into one that stays: a
+    margin of 1 - 2 share, of which half is clear and a quarter can be read."""
+    cell, other = (0, (CIRCLE, BLUE)) if changed else (4, (SQUARE, RED))
+    spoilt = scenes.scene(WHITE, RECOLOURED[1] | {cell: other})
+    clean, mixed = (floats(blocks.draw(s)) for s in (scenes.scene(*RECOLOURED), spoilt))
+    goal = blocks.EditGoal(*(jax.tree.map(lambda a: np.asarray(a)[None], scenes.scene(*s))
+                             for s in (BEFORE, RECOLOURED)))
+    score = jitted[traceable.edit](((1 - share) * clean + share * mixed)[None], goal)[0]
+    credit = min((1 - 2 * share) / 0.5, 1)
+    preserved = 1 if changed or share < 3 / 8 else 8 / 9
+    lost = 1 - credit  # of the colour and of the shape, which here is not asked for
+    jaccard = credit / (1 + lost) if changed else 1 / (1 + 2 * lost)
+    assert score == pytest.approx(preserved / 4 + jaccard * 3 / 4, abs=0.02)
+
+
 @pytest.mark.parametrize("task", KINDS)
 def test_graded_is_one_exactly_where_exact(task):
     found = blocks.evaluation(task, 4)
@@ -69,7 +86,10 @@ def test_graded_is_one_exactly_where_exact(task):
     assert some.min() >= 0
     assert len(np.unique(some)) > 5  # it tells pictures apart
     assert exact(noise, found.goal).max() == 0
+    nothing = np.full_like(noise, np.nan)
+    assert graded(nothing, found.goal).max() < 0.5
     if task == "edit":
+        assert graded(nothing, found.goal).max() == 0
         assert graded(noise, found.goal).max() == 0
         assert (graded(floats(found.source), found.goal) == 0.25).all()
 

@@ -20,6 +20,7 @@ Reward = Callable[[jax.Array, Goal | EditGoal], jax.Array]
 """(pictures, a batch of goals) -> float32 [B]"""
 
 PRESERVED = 0.25  # what an edit that does nothing and spoils nothing is worth
+CLEAR = 0.5  # the margin from which on a cell is drawn clearly; half of it can be read
 
 
 def _where_it_lies(reward: Reward) -> Reward:
@@ -53,24 +54,31 @@ def generation_exact(pictures: jax.Array, goal: Goal) -> jax.Array:
 def edit(pictures: jax.Array, goal: EditGoal) -> jax.Array:
     """How well each picture is its goal's source edited, float32 [B] in [0, 1].
 
-    A scene has 19 properties: its background, and the shape and the colour of each cell. With
-    `asked` those that differ between source and target, `done` those of them that are as in the
-    target, and `spoilt` those not asked that are no longer as in the source,
+    A scene has 19 properties: its background, and the shape and the colour of each cell. Each has
+    a credit: of those that are as in the target, the cell's margin (`blocks.closest`) over CLEAR,
+    from 0 to 1, and of the background 1; of others none. With `asked` the properties that differ
+    between source and target, `done` the sum of their credits, and `spoilt` what the other ones
+    lack of theirs,
 
-        score = 1/4 preserved + 3/4 |done| / (|asked| + |spoilt|)
+        score = 1/4 preserved + 3/4 done / (|asked| + spoilt)
 
     where `preserved` is that of `blocks.edit_score`, and the fraction is the Jaccard index of the
-    changes asked for and the changes made. It is 1 exactly where the scene is the target; 1/4 for
-    the source as it was, so that leaving it alone is better than spoiling it and worse than any
-    attempt that succeeds in part; and 0 where nothing can be read.
+    changes asked for and the changes made. It is 1 exactly where the scene is the target and all
+    of it clear, so that of two right pictures, or wrong ones, the clearer one is worth more; 1/4
+    for the source as it was, so that leaving it alone is better than spoiling it and worse than
+    any attempt that succeeds in part; and 0 where nothing can be read.
     """
-    scene = _read(pictures)
-    _, preserved = blocks.edit_score(scene, goal.target, goal.source)
+    pictures = _levels(pictures)
+    _, preserved = blocks.edit_score(blocks.detect(pictures)[0], goal.target, goal.source)
+    scene, margin = blocks.closest(pictures)
+    clear = jnp.clip(margin / CLEAR, 0, 1)  # [B, 9]
+    background = (clear > 0).any(-1, keepdims=True)
     now, after, before = map(_properties, (scene, goal.target, goal.source))
+    credit = (now == after) * jnp.concatenate([background, clear, clear], -1)
     asked = after != before
-    wrong = now != after  # missed where it was asked for, spoilt elsewhere
-    either = asked.sum(-1) + (wrong & ~asked).sum(-1)
-    jaccard = 1 - wrong.sum(-1) / jnp.maximum(either, 1)  # so that it is 1 where none is asked
+    done = jnp.where(asked, credit, 0).sum(-1)
+    either = jnp.where(asked, 1, 1 - credit).sum(-1)
+    jaccard = jnp.where(either > 0, done / jnp.where(either > 0, either, 1), 1)  # none is asked
     return PRESERVED * preserved + (1 - PRESERVED) * jaccard
 
 
@@ -90,8 +98,11 @@ def weighted(terms: Sequence[tuple[float, Reward]]) -> Reward:
 
 
 def _read(pictures) -> Scene:
-    levels = jnp.round(jnp.clip(pictures.astype(jnp.float32), 0, 1) * 255)
-    return blocks.detect(levels / 255)[0]
+    return blocks.detect(_levels(pictures))[0]
+
+
+def _levels(pictures):
+    return jnp.round(jnp.clip(pictures.astype(jnp.float32), 0, 1) * 255) / 255
 
 
 def _properties(scene: Scene) -> jax.Array:  # [B, 19]
