@@ -56,6 +56,24 @@ def test_a_stopped_run_ends_as_the_unbroken_one(model, tmp_path, monkeypatch):
     assert (tmp_path / "whole/model/lora/transformer").is_dir()
 
 
+def test_scores_that_a_kill_cut_off_are_made_again(model, tmp_path, monkeypatch):
+    config = make_config(model, "edit", steps=1)
+    scored = []
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(train_loop.evaluate, "report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.reinforce(config, tmp_path, progress=False)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(train_loop.evaluate, "report", lambda *a: scored.append(a[-1]))
+    assert loop.reinforce(config, tmp_path, progress=False)
+    assert scored == [1]
+    assert (tmp_path / "model").exists()
+
+
 def test_all_weights_and_a_copy_as_reference(model, tmp_path):
     config = make_config(model, "generate", **{"rl.grpo.kl": 0.04, "steps": 2,
                                                "rl.sampling.guidance_scale": 2.0})

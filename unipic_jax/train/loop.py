@@ -146,8 +146,9 @@ def run(
                     evaluate.report(config, here, here.combine(weights(now), frozen), draw,
                                     data, writer, step)
 
-            if config.samples.at_start and first == 0:
-                report(0, now)
+            # At the end already, the run was stopped before its last scores were written.
+            if first == config.steps or (config.samples.at_start and first == 0):
+                report(first, now)
             for k in range(first, config.steps):
                 task, batch = next(coming)
                 if cost_of and task not in costs:  # buckets differ little
