@@ -199,3 +199,15 @@ def test_splash_is_the_same_on_a_mesh(interpreted):
                 *(jax.device_put(a, rows) for a in segments))
     assert out.sharding.spec == spec.spec
     assert relative(out, want) < 1e-6
+
+
+def test_a_layer_keeps_the_tpus_kernel_flat(interpreted):
+    """Heads of 64 would be padded to 128 in memory: of a layer its input, the flat output and the
+    logarithms of its sums are kept, and no more."""
+    layer = remat.remat(
+        lambda x, _: (attention(x, x, x, implementation="splash"), None), "attention")
+    made = jax.make_jaxpr(jax.grad(lambda x: jax.lax.scan(layer, x, None, 3)[0].sum()))(
+        jnp.zeros((1, 40, 2, 64)))
+    forwards = next(e for e in made.eqns if e.primitive.name == "scan")
+    kept = [out.aval.shape for out in forwards.outvars[forwards.params["num_carry"]:]]
+    assert sorted(kept) == [(3, 1, 2, 128), (3, 1, 40, 2, 64), (3, 1, 40, 128)]
