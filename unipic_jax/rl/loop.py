@@ -23,6 +23,7 @@ from unipic_jax.rl import learn, recipe, remote
 from unipic_jax.rl.alarms import Alarms
 from unipic_jax.rl.prompts import Blocks, File, Prompts
 from unipic_jax.train import loop, optimizer, output, stage
+from unipic_jax.train.checkpoint import alone
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bo
     """Run the stage to its end, or until SIGTERM; whether it came to the end.
 
     Raises InputError for a config that does not fit, weights that cannot be read, a full disk, a
-    reward server that is down at the start, or where too many steps in a row were not finite or
-    had no reward.
+    reward server that is down at the start, where another run is in the folder, or where too many
+    steps in a row were not finite or had no reward.
     """
     if (workdir / "model").exists():
         log.info("%s holds the model already", workdir)
@@ -64,6 +65,7 @@ def reinforce(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bo
         else:
             advance = jax.jit(recipe.make_step(config, parts, judge), donate_argnums=0)
         data = loop.Data(config, here, frozen, mesh)
+        stack.enter_context(alone(workdir))
         end = loop.run(config, here, now, frozen, advance, prompts, data, workdir, mesh,
                        progress=progress, versions=lambda: {reward.name: reward.version}
                        if reward else {}, useless=USELESS,

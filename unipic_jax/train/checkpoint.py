@@ -214,10 +214,11 @@ def stopping() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; it is free again however this one ends.
+    """Keep other runs out of a folder, which is made; it is free again however this one ends.
 
     Raises InputError, in every process, where another run is in it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         free = True
         if jax.process_index() == 0:

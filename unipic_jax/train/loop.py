@@ -36,7 +36,7 @@ def train(config: ConfigDict, workdir: Path, *, progress: bool = True) -> bool:
     """Run the stage to its end, or until SIGTERM; whether it came to the end.
 
     Raises InputError for a config that does not fit, data or weights that cannot be read, a full
-    disk, or where too many steps in a row were not finite.
+    disk, where another run is in the folder, or where too many steps in a row were not finite.
     """
     if (workdir / "model").exists():
         log.info("%s holds the model already", workdir)
@@ -89,15 +89,17 @@ def _train(config, workdir, mesh, progress) -> bool:
     def cost_of(batch):
         return config.batch * cost.per_sample(config, here, batch)
 
-    end = run(config, here, now, frozen, advance, data.batches, data, workdir, mesh,
-              progress=progress, cost_of=cost_of)
-    if end is None:
-        return False
-    changes = {}
-    if config.objective == "reconstruction":
-        some = feed.prefetch(mesh, itertools.islice(data.batches(config.seed), SCALE_BATCHES))
-        changes["vae"] = evaluate.latent_scale(here, here.combine(weights(end), frozen), some)
-    output.write(config, here, weights(end), frozen, workdir / "model", changes)
+    with alone(workdir):
+        end = run(config, here, now, frozen, advance, data.batches, data, workdir, mesh,
+                  progress=progress, cost_of=cost_of)
+        if end is None:
+            return False
+        changes = {}
+        if config.objective == "reconstruction":
+            some = itertools.islice(data.batches(config.seed), SCALE_BATCHES)
+            changes["vae"] = evaluate.latent_scale(
+                here, here.combine(weights(end), frozen), feed.prefetch(mesh, some))
+        output.write(config, here, weights(end), frozen, workdir / "model", changes)
     return True
 
 
@@ -115,12 +117,10 @@ def run(
     function (seed, start=step) -> (task, this host's arrays) from a step on; `cost_of` tells the
     operations of a batch, `versions` what others serve, which checkpoints record, and `useless`
     what is wrong with steps that change nothing; `watch` is called with each line of figures.
-    `data` is what evaluation takes its examples from. Raises InputError for a full disk, where
-    another run is in the folder, or where too many steps in a row changed nothing.
+    `data` is what evaluation takes its examples from. Raises InputError for a full disk, or where
+    too many steps in a row changed nothing.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (alone(workdir),
-          Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints):
+    with Checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
         first, goodput = 0, Goodput()
         if restored := checkpoints.restore(_abstract(now)):
             first, now, extra = restored
