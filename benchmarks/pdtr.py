@@ -36,7 +36,7 @@ def rows(judge: str, seeds: int) -> tables.Tables:
         "text to image, no edits kept": (
             stage("free", "generate", "--config.rl.learn.keep=0.0"), 1),
         "text to image, then edit": (stage("generate-edit", "edit", before=generate), 1),
-        "both in turn": (stage("both", "edit", "--config.rl.task=both", "--config.steps=170"), 1)}
+        "both in turn": (stage("both", "edit", "--config.rl.task=both", "--config.steps=210"), 1)}
     if judge:
         judged = stage("judged", "edit", "--config.rl.reward={'judge': 1.0}",
                        f"--config.judge={judge}")

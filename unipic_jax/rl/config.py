@@ -49,7 +49,7 @@ def nano(task: str) -> ConfigDict:
     config.model = "nano"
     config.rl.task = task
     config.lora.rank = 0  # so few weights train whole
-    config.steps, config.log_every = 60 if task == "generate" else 110, 1
+    config.steps, config.log_every = 100 if task == "generate" else 110, 1
     config.ema = 0.0  # of so few updates
     # Sixteen samples each: as fast as larger ones, and the last are left out.
     config.micro_batches, config.rl.learn.skip_equal = 16, True
