@@ -14,7 +14,7 @@ from unipic_jax.rl.rewards import traceable
 
 KINDS = {"generate": (traceable.generation, traceable.generation_exact),
          "edit": (traceable.edit, traceable.edit_exact)}
-RED, GREEN, BLUE = 0, 1, 2
+RED, GREEN, BLUE, YELLOW = 0, 1, 2, 3
 CIRCLE, SQUARE, TRIANGLE = 0, 1, 2
 WHITE, BLACK = 0, 1
 jitted = {f: jax.jit(f) for pair in KINDS.values() for f in pair}
@@ -73,6 +73,22 @@ def test_an_edit_is_worth_more_the_clearer_it_is(changed, share):
     lost = 1 - credit  # of the colour and of the shape, which here is not asked for
     jaccard = credit / (1 + lost) if changed else 1 / (1 + 2 * lost)
     assert score == pytest.approx(preserved / 4 + jaccard * 3 / 4, abs=5e-3)  # of 256 levels
+
+
+@pytest.mark.parametrize(("share", "nothing"), [(0.0, False), (0.4, False), (0.4, True)])
+def test_a_caption_is_worth_more_the_clearer_it_is_drawn(share, nothing):
+    """Of "a green circle" some of another colour is mixed into the circle, or some of a second one
+    into an empty cell."""
+    circle = {0: (CIRCLE, GREEN)}
+    other = circle | {4: (CIRCLE, YELLOW)} if nothing else {0: (CIRCLE, BLUE)}
+    clean, mixed = (floats(blocks.draw(scenes.scene(WHITE, o))) for o in (circle, other))
+    goal = blocks.Goal(*(np.asarray(a)[None] for a in (
+        [CIRCLE, -1], [GREEN, -1], [1, 0], -1, -1)))
+    score = jitted[traceable.generation](((1 - share) * clean + share * mixed)[None], goal)[0]
+    credit = min((1 - 2 * share) / 0.5, 1)
+    # Of the shape, of its colour, and of the number of objects.
+    marks = (1, 1, 1 / (2 - credit)) if nothing else (credit, credit, 1)
+    assert score == pytest.approx(np.mean(marks), abs=5e-3)
 
 
 @pytest.mark.parametrize("task", KINDS)

@@ -57,13 +57,17 @@ def closest(pictures: jax.Array) -> tuple[Scene, jax.Array]:
     return jax.tree.map(lambda a: a.astype(jnp.int32), Scene(background, shape, colour)), margin
 
 
-def generation_score(scene: Scene, goal: Goal) -> tuple[jax.Array, jax.Array]:
+def generation_score(
+    scene: Scene, goal: Goal, clear: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Batches of scenes against their captions -> (exact, graded), float32 [B] in [0, 1].
 
     Exact is 1 where all that the caption says holds and nothing else is there. Graded is the mean
     over what it says: for each sort of object, how near the count of its shape is to what it
     should be, and that of its shape and colour; the relation; the background; and that there are
-    no more and no fewer objects in all. It is 1 exactly where exact is.
+    no more and no fewer objects in all. An object counts for as much as its cell is `clear`
+    ([B, 9] in [0, 1]), and an empty cell for one where it is not. Graded is 1 exactly where exact
+    is and all is clear.
     """
     named = goal.count > 0  # [B, 2]
     is_shape = scene.shape[:, None] == goal.shape[..., None]  # [B, 2, 9]
@@ -77,9 +81,11 @@ def generation_score(scene: Scene, goal: Goal) -> tuple[jax.Array, jax.Array]:
     holds = jnp.stack([step[:, 0] < 0, step[:, 0] > 0, step[:, 1] < 0, step[:, 1] > 0], -1)
     holds = once & jnp.take_along_axis(holds, jnp.maximum(goal.relation, 0)[:, None], 1)[:, 0]
 
-    total = (scene.shape != EMPTY).sum(-1)
+    clear = jnp.broadcast_to(clear, scene.shape.shape)
+    shapes, objects = ((a * clear[:, None]).sum(-1) for a in (is_shape, is_object))  # [B, 2]
+    total = jnp.where(scene.shape == EMPTY, 1 - clear, 1).sum(-1)
     marks = jnp.concatenate([
-        _near(is_shape.sum(-1), goal.count), _near(is_object.sum(-1), goal.count),
+        _near(shapes, goal.count), _near(objects, goal.count),
         _near(total, goal.count.sum(-1))[:, None], holds[:, None],
         (scene.background == goal.background)[:, None]], -1)
     said = jnp.concatenate([

@@ -39,9 +39,12 @@ def _where_it_lies(reward: Reward) -> Reward:
 
 @_where_it_lies
 def generation(pictures: jax.Array, goal: Goal) -> jax.Array:
-    """How much of its caption each picture shows, float32 [B] in [0, 1]: 1 exactly where it shows
-    all of it and nothing else (the graded score of `blocks.generation_score`)."""
-    return blocks.generation_score(_read(pictures), goal)[1]
+    """How much of its caption each picture shows, and how clearly, float32 [B] in [0, 1]: the
+    graded score of `blocks.generation_score`, where a cell is clear from a margin of CLEAR on
+    (`blocks.closest`) and less below. 1 exactly where it shows all of it clearly, and nothing
+    else."""
+    scene, clear = _clearness(pictures)
+    return blocks.generation_score(scene, goal, clear)[1]
 
 
 @_where_it_lies
@@ -68,10 +71,8 @@ def edit(pictures: jax.Array, goal: EditGoal) -> jax.Array:
     for the source as it was, so that leaving it alone is better than spoiling it and worse than
     any attempt that succeeds in part; and 0 where nothing can be read.
     """
-    pictures = _levels(pictures)
-    _, preserved = blocks.edit_score(blocks.detect(pictures)[0], goal.target, goal.source)
-    scene, margin = blocks.closest(pictures)
-    clear = jnp.clip(margin / CLEAR, 0, 1)  # [B, 9]
+    _, preserved = blocks.edit_score(_read(pictures), goal.target, goal.source)
+    scene, clear = _clearness(pictures)
     background = (clear > 0).any(-1, keepdims=True)
     now, after, before = map(_properties, (scene, goal.target, goal.source))
     credit = (now == after) * jnp.concatenate([background, clear, clear], -1)
@@ -99,6 +100,12 @@ def weighted(terms: Sequence[tuple[float, Reward]]) -> Reward:
 
 def _read(pictures) -> Scene:
     return blocks.detect(_levels(pictures))[0]
+
+
+def _clearness(pictures) -> tuple[Scene, jax.Array]:
+    """The nearest scenes, and how clear their cells are, [B, 9] from 0 to 1."""
+    scene, margin = blocks.closest(_levels(pictures))
+    return scene, jnp.clip(margin / CLEAR, 0, 1)
 
 
 def _levels(pictures):
