@@ -89,8 +89,8 @@ def drawer(config, stage: Stage, mesh: jax.sharding.Mesh) -> Draw:
 def drawn_scores(draw: Draw, params: Tree, task: str, per_kind: int) -> dict[str, float]:
     """Shares of held-out blocks of each kind drawn or edited exactly, of all of them ("exact") and,
     for edits, of what was to stay as it was that did ("preserved"); and "quality", how clearly the
-    cells are what they are read as, of which no reward knows: 1 as drawn by the world itself, 0
-    half-way to something else."""
+    cells are what they are read as: 1 as drawn by the world itself, 0 half-way to something else.
+    The rewards know of it up to a half."""
     held = blocks.evaluation(task, per_kind, SEED)
     examples = [Example("", text, target, None if held.source is None else held.source[i])
                 for i, (text, target) in enumerate(zip(held.text, held.target))]

@@ -105,7 +105,11 @@ def test_graded_is_one_exactly_where_exact(task):
     assert len(np.unique(some)) > 5  # it tells pictures apart
     assert exact(noise, found.goal).max() == 0
     nothing = np.full_like(noise, np.nan)
-    assert graded(nothing, found.goal).max() < 0.5
+    if task == "generate":  # as a scene of which nothing can be read
+        unread = scenes.Scene(*(np.full(s, -2) for s in ((len(noise),), *[(len(noise), 9)] * 2)))
+        worth = blocks.generation_score(unread, found.goal)[1]
+        for mess in (noise, nothing):
+            np.testing.assert_allclose(graded(mess, found.goal), worth, rtol=1e-6)
     if task == "edit":
         assert graded(nothing, found.goal).max() == 0
         assert graded(noise, found.goal).max() == 0

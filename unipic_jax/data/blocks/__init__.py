@@ -6,7 +6,6 @@ Endless examples of every task (`examples`), and a reader of pictures with score
 from unipic_jax.data.blocks.captions import GENERATION_KINDS as GENERATION_KINDS
 from unipic_jax.data.blocks.captions import Goal as Goal
 from unipic_jax.data.blocks.detect import answer_score as answer_score
-from unipic_jax.data.blocks.detect import closest as closest
 from unipic_jax.data.blocks.detect import detect as detect
 from unipic_jax.data.blocks.detect import edit_score as edit_score
 from unipic_jax.data.blocks.detect import generation_score as generation_score

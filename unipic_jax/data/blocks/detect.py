@@ -18,24 +18,15 @@ _APART = (_SQUARES[:, None] + _SQUARES - 2 * _KNOWN @ _KNOWN.T)
 np.fill_diagonal(_APART, 0)
 
 
-def detect(pictures: jax.Array) -> tuple[Scene, jax.Array]:
-    """As `closest`, but a cell whose margin is below LEAST_MARGIN is unreadable (-2), and so is
-    the background where no cell can be read."""
-    scene, margin = closest(pictures)
-    readable = margin >= LEAST_MARGIN
-    return Scene(jnp.where(readable.any(-1), scene.background, UNREADABLE),
-                 jnp.where(readable, scene.shape, UNREADABLE),
-                 jnp.where(readable, scene.colour, UNREADABLE)), margin
-
-
-def closest(pictures: jax.Array) -> tuple[Scene, jax.Array]:
-    """Pictures float [B, 48, 48, 3] in [0, 1] -> (the scenes they are nearest to, int32; margins
-    float32 [B, 9]).
+def detect(pictures: jax.Array, least: float = LEAST_MARGIN) -> tuple[Scene, jax.Array]:
+    """Pictures float [B, 48, 48, 3] in [0, 1] -> (their scenes, margins float32 [B, 9]).
 
     The background is the one with which all cells together fit best, in squares; each cell is
     then the nearest one there is. Its margin is how far the picture is from the half-way point
     to the next nearest, in units of half their distance: 1 for a cell as drawn, 0 or less for one
-    that could as well be another, or that is near to none (MOST_RESIDUAL).
+    that could as well be another, and -1 for one that is near to none (MOST_RESIDUAL). A cell
+    with a margin below `least` is unreadable (-2), and so is the background where no cell can be
+    read.
     """
     B = pictures.shape[0]
     cells = pictures.astype(jnp.float32).reshape(B, GRID, CELL, GRID, CELL, 3)
@@ -51,10 +42,13 @@ def closest(pictures: jax.Array) -> tuple[Scene, jax.Array]:
     apart = jnp.asarray(_APART)[background[:, None] * _KINDS + kind]  # [B, 9, K]
     margin = jnp.where(apart > 0, (errors - best[..., None]) / apart, jnp.inf).min(-1)
     residual = jnp.sqrt(jnp.maximum(best, 0) / _KNOWN.shape[1])
-    margin = jnp.where(residual <= MOST_RESIDUAL, margin, 0)
+    margin = jnp.where(residual <= MOST_RESIDUAL, margin, -1)
+    readable = margin >= least
     shape = jnp.where(kind == 0, EMPTY, (kind - 1) // len(COLOURS))
     colour = jnp.where(kind == 0, EMPTY, (kind - 1) % len(COLOURS))
-    return jax.tree.map(lambda a: a.astype(jnp.int32), Scene(background, shape, colour)), margin
+    scene = Scene(jnp.where(readable.any(-1), background, UNREADABLE),
+                  jnp.where(readable, shape, UNREADABLE), jnp.where(readable, colour, UNREADABLE))
+    return jax.tree.map(lambda a: a.astype(jnp.int32), scene), margin
 
 
 def generation_score(

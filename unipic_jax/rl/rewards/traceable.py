@@ -41,7 +41,7 @@ def _where_it_lies(reward: Reward) -> Reward:
 def generation(pictures: jax.Array, goal: Goal) -> jax.Array:
     """How much of its caption each picture shows, and how clearly, float32 [B] in [0, 1]: the
     graded score of `blocks.generation_score`, where a cell is clear from a margin of CLEAR on
-    (`blocks.closest`) and less below. 1 exactly where it shows all of it clearly, and nothing
+    (`blocks.detect`) and less below. 1 exactly where it shows all of it clearly, and nothing
     else."""
     scene, clear = _clearness(pictures)
     return blocks.generation_score(scene, goal, clear)[1]
@@ -58,7 +58,7 @@ def edit(pictures: jax.Array, goal: EditGoal) -> jax.Array:
     """How well each picture is its goal's source edited, float32 [B] in [0, 1].
 
     A scene has 19 properties: its background, and the shape and the colour of each cell. Each has
-    a credit: of those that are as in the target, the cell's margin (`blocks.closest`) over CLEAR,
+    a credit: of those that are as in the target, the cell's margin (`blocks.detect`) over CLEAR,
     from 0 to 1, and of the background 1; of others none. With `asked` the properties that differ
     between source and target, `done` the sum of their credits, and `spoilt` what the other ones
     lack of theirs,
@@ -69,13 +69,12 @@ def edit(pictures: jax.Array, goal: EditGoal) -> jax.Array:
     changes asked for and the changes made. It is 1 exactly where the scene is the target and all
     of it clear, so that of two right pictures, or wrong ones, the clearer one is worth more; 1/4
     for the source as it was, so that leaving it alone is better than spoiling it and worse than
-    any attempt that succeeds in part; and 0 where nothing can be read.
+    any attempt that succeeds in part; and 0 where no cell is like any.
     """
     _, preserved = blocks.edit_score(_read(pictures), goal.target, goal.source)
     scene, clear = _clearness(pictures)
-    background = (clear > 0).any(-1, keepdims=True)
     now, after, before = map(_properties, (scene, goal.target, goal.source))
-    credit = (now == after) * jnp.concatenate([background, clear, clear], -1)
+    credit = (now == after) * jnp.concatenate([jnp.ones_like(clear[:, :1]), clear, clear], -1)
     asked = after != before
     done = jnp.where(asked, credit, 0).sum(-1)
     either = jnp.where(asked, 1, 1 - credit).sum(-1)
@@ -103,8 +102,8 @@ def _read(pictures) -> Scene:
 
 
 def _clearness(pictures) -> tuple[Scene, jax.Array]:
-    """The nearest scenes, and how clear their cells are, [B, 9] from 0 to 1."""
-    scene, margin = blocks.closest(_levels(pictures))
+    """The scenes of all cells that are like any, and how clear they are, [B, 9] from 0 to 1."""
+    scene, margin = blocks.detect(_levels(pictures), least=0.0)
     return scene, jnp.clip(margin / CLEAR, 0, 1)
 
 
