@@ -16,6 +16,7 @@ from unipic_jax.core.errors import InputError
 from unipic_jax.model import read_part
 from unipic_jax.rl import loop, recipe
 from unipic_jax.train import loop as train_loop
+from unipic_jax.train.checkpoint import alone
 
 
 @pytest.fixture
@@ -72,6 +73,21 @@ def test_scores_that_a_kill_cut_off_are_made_again(model, tmp_path, monkeypatch)
     assert loop.reinforce(config, tmp_path, progress=False)
     assert scored == [1]
     assert (tmp_path / "model").exists()
+
+
+def test_the_folder_is_held_until_the_model_is_written(model, tmp_path, monkeypatch):
+    held, write = [], loop.output.write
+
+    def writing(*arguments):
+        with pytest.raises(InputError, match="another run is in"), alone(tmp_path):
+            pass
+        held.append(write(*arguments))
+
+    monkeypatch.setattr(loop.output, "write", writing)
+    assert loop.reinforce(make_config(model, "edit", steps=1), tmp_path, progress=False)
+    assert held
+    with alone(tmp_path):
+        assert (tmp_path / "model").exists()
 
 
 def test_all_weights_and_a_copy_as_reference(model, tmp_path):
